@@ -1,0 +1,1 @@
+"""One file per continual method, written against `cssbench.api`, `.losses` and `.models` only."""

@@ -1,0 +1,1 @@
+"""Recipes: the settings of real runs, one TOML each."""

@@ -1,0 +1,56 @@
+"""The command line. Torch and the rest are imported inside commands, so that `--help` and `list` answer at once.
+
+Exit codes: 0 done, 2 a user's mistake (one paragraph, no traceback), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+import cssbench
+from cssbench.cli import data, listing, run, scenario
+from cssbench.errors import CssbenchError
+
+app = typer.Typer(
+    name="cssbench",
+    help="Continual semantic segmentation: run benchmark scenarios, add methods, report what is forgotten.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.add_typer(scenario.app, name="scenario")
+app.add_typer(data.app, name="data")
+run.register(app)
+listing.register(app)
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    if version:
+        typer.echo(cssbench.__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point of the `cssbench` script."""
+    try:
+        app()
+    except CssbenchError as error:
+        Console(stderr=True).print(f"[bold red]Error:[/bold red] {_plain(str(error))}", soft_wrap=True, highlight=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("Interrupted. `cssbench resume DIR` goes on after the last finished step.", file=sys.stderr)
+        sys.exit(130)
+
+
+def _plain(text: str) -> str:
+    """Text that rich does not read as markup."""
+    from rich.markup import escape
+
+    return escape(text)

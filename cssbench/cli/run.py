@@ -1,0 +1,166 @@
+"""`cssbench run | resume | status | report | demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cssbench.errors import RunError
+
+Out = Annotated[Path, typer.Option("--out", help="Run folder to make.")]
+Data = Annotated[Path | None, typer.Option("--data", help="Data root; replaces the recipe's.")]
+DEMO_RECIPES = ("demo-segvit-cl", "demo-finetune", "demo-joint")
+
+
+def register(app: typer.Typer) -> None:
+    for command in (run, resume, status, report, demo):
+        app.command()(command)
+
+
+def run(
+    recipe: Annotated[str, typer.Argument(help="Recipe: a path to a TOML, or a name of `cssbench list recipes`.")],
+    out: Out,
+    data: Data = None,
+    changes: Annotated[list[str] | None, typer.Option("--set", help="Override: section.key=value. May repeat.")] = None,
+) -> None:
+    """Run a recipe: every step of its scenario, into a new run folder."""
+    start_run(recipe, out, data, changes or [])
+
+
+def start_run(recipe: str, out: Path, data: Path | None, changes: list[str]) -> None:
+    """Check everything, then write the run folder and train."""
+    from cssbench import config, provenance
+
+    content = config.override(config.read_recipe(recipe), changes)
+    if data is not None:
+        content = config.override(content, [f"data.root={str(data.resolve())!r}"])
+    wanted = config.validate(content, f"Recipe {recipe!r}")
+    if (out / "config.toml").exists():
+        _refuse_existing(out, wanted)
+    from cssbench.experiment import build_experiment, resolve
+    from cssbench.task_loop import run as run_steps
+
+    made = build_experiment(resolve(wanted), out, provenance.this_command())
+    if made.fabric.is_global_zero:
+        made.folder.create()
+    made.fabric.barrier()
+    run_steps(made)
+
+
+def _refuse_existing(out: Path, wanted: Any) -> None:
+    from cssbench.experiment import resolve
+    from cssbench.results import RunFolder
+
+    there, here = RunFolder.read(out).config.dump(), resolve(wanted).dump()
+    changed = sorted(_differences(there, here))
+    if not changed:
+        raise RunError(f"{out} already holds this run. `cssbench resume {out}` goes on with it.")
+    raise RunError(
+        f"{out} holds a run of another configuration (differs in {', '.join(changed[:6])}). "
+        f"Choose another --out, or remove that folder."
+    )
+
+
+def _differences(a: Any, b: Any, path: str = "") -> list[str]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        return [d for key in a.keys() | b.keys() for d in _differences(a.get(key), b.get(key), f"{path}.{key}")]
+    return [] if a == b else [path.lstrip(".")]
+
+
+def resume(folder: Annotated[Path, typer.Argument(help="Run folder.")], data: Data = None) -> None:
+    """Go on with a run after its last finished step. A finished run is left as it is."""
+    resume_run(folder, data)
+
+
+def resume_run(folder: Path, data: Path | None) -> None:
+    from cssbench.results import RunFolder
+
+    there = RunFolder.read(folder)
+    if there.finished:
+        typer.echo(f"{folder} is finished: {there.num_steps} of {there.num_steps} steps.")
+        return
+    from cssbench.experiment import build_experiment
+    from cssbench.task_loop import run as run_steps
+
+    config = there.config
+    if data is not None:
+        config = config.model_copy(update={"data": config.data.model_copy(update={"root": str(data.resolve())})})
+    run_steps(build_experiment(config, folder))
+
+
+def status(folder: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
+    """Print how far a run is, and the scores of its finished steps."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from cssbench.protocol import protocols
+    from cssbench.results import RunFolder
+
+    there = RunFolder.read(folder)
+    records, known = there.records(), protocols().values()
+    config = there.config
+    title = f"{folder}: {config.method.name} on {there.scenario['name']}, {len(records)} of {there.num_steps} steps"
+    table = Table(title=title, title_justify="left", box=None)
+    table.add_column("step")
+    for heading in ("images", "iterations", "minutes"):
+        table.add_column(heading, justify="right")
+    shown = [p for p in known if records and p.key in records[0].matrices]
+    for protocol in shown:
+        for name in ("base", "all"):
+            table.add_column(f"{name} % {protocol.id}", justify="right")
+    for record in records:
+        scores = [p.scores(record.matrices[p.key], there.groups, record.index) for p in shown]
+        cells = [percent(s[name]) for s in scores for name in ("base", "all")]
+        seconds = sum(record.content["seconds"].values())
+        numbers = (record.content["images"], record.content["iterations"], f"{seconds / 60:.1f}")
+        table.add_row(str(record.index), *map(str, numbers), *cells)
+    Console().print(table)
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f}"
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the report.")],
+    kind: Annotated[str, typer.Option(help="Report: a name of `cssbench list reports`.")] = "html",
+    protocol: Annotated[list[str] | None, typer.Option(help="Scoring protocol; may repeat.")] = None,
+) -> None:
+    """Write tables, plots and one HTML page from run folders."""
+    for path in write_report(runs, out, kind, protocol or ["mmseg150@1", "plop@1"]):
+        typer.echo(path)
+
+
+def write_report(runs: list[Path], out: Path, kind: str, protocol_ids: list[str]) -> list[Path]:
+    from cssbench import protocol, registry
+    from cssbench.results import RunFolder
+
+    ids = [protocol.get(name).id for name in protocol_ids]
+    write = registry.load("reports", kind)
+    return write([RunFolder.read(path) for path in runs], out, ids)
+
+
+def demo(out: Annotated[Path, typer.Option("--out", help="Folder for runs, data and report.")] = Path("demo")) -> None:
+    """SegViT-CL, fine-tuning and the oracle on generated scenes, with a report: about six minutes on two cores."""
+    from rich.console import Console
+
+    from cssbench.progress import say
+
+    for number, recipe in enumerate(DEMO_RECIPES, 1):
+        folder = out / recipe.removeprefix("demo-")
+        say(f"[{number}/{len(DEMO_RECIPES)}] {recipe} -> {folder}")
+        if (folder / "config.toml").exists():
+            resume_run(folder, None)
+        else:
+            start_run(recipe, folder, out / "data", [])
+    folders = [out / recipe.removeprefix("demo-") for recipe in DEMO_RECIPES]
+    written = write_report(folders, out / "report", "html", ["mmseg150@1", "plop@1"])
+    page = next((p for p in written if p.suffix == ".html"), None)
+    table = next((p for p in written if p.name == "summary.mmseg150@1.md"), None)
+    if page is None or table is None:
+        raise RunError(f"The report in {out / 'report'} has no page or no summary table.")
+    Console().print(table.read_text(encoding="utf-8"), markup=False, highlight=False, soft_wrap=True)
+    typer.echo(f"Report: {page.resolve()}")

@@ -1,0 +1,262 @@
+"""Recipes: what a run does, as validated data. Unknown keys are refused, and the whole is written back resolved.
+
+A recipe is a TOML file with the sections below. `method` and `model` carry, beside `name`, the options of the part
+named; those are checked by the part's own `Config` when the run starts.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from cssbench import registry
+from cssbench.errors import ConfigError, UnknownNameError
+
+
+class Section(BaseModel):
+    """A group of settings that refuses unknown keys and never changes after it was read.
+
+    A plug-in's `Config` derives from it too: `from cssbench.api import Section`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PartChoice(BaseModel):
+    """A part by name, and its own options (every other key)."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class ScenarioChoice(Section):
+    """A scenario by name (or path of a TOML), and what to change in it. None keeps what the file says."""
+
+    name: str
+    mode: Literal["overlapped", "disjoint", "sequential", "partitioned"] | None = None
+    order: list[int] | int | None = None
+    void: Literal["background", "ignore"] | None = None
+    partition_seed: int | None = None
+
+
+class DataConfig(Section):
+    """Where the images are, and how they are read."""
+
+    root: str | None = Field(None, description="data root; `--data` sets it")
+    options: dict[str, Any] = Field(default_factory=dict, description="options of the dataset")
+    holdout: float = Field(0.0, ge=0, lt=1, description="share of training images never trained on")
+    workers: int = Field(0, ge=0, description="loader processes per device")
+
+
+class AugmentConfig(Section):
+    """Training transforms, in this order: random resize, random crop, flip, photometric distortion, normalise, pad."""
+
+    crop: PositiveInt = Field(512, description="side of the square crop, px")
+    short_side: PositiveInt | None = Field(None, description="short side before the random factor; None: as stored")
+    scale: tuple[float, float] = Field((0.5, 2.0), description="range of the random resize factor")
+    max_category_share: float = Field(
+        0.75, gt=0, le=1, description="redraw a crop (10 times) when one label fills more"
+    )
+    flip: float = Field(0.5, ge=0, le=1, description="probability of the horizontal flip")
+    photometric: bool = True
+
+    @model_validator(mode="after")
+    def _ordered(self) -> AugmentConfig:
+        if not 0 < self.scale[0] <= self.scale[1]:
+            raise ValueError(f"augment.scale must be two positive numbers in ascending order, not {self.scale}")
+        return self
+
+
+class OptimConfig(Section):
+    """Optimiser and schedule. Rates with a `later_` twin use it at steps t > 0."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: float = Field(2e-5, gt=0)
+    later_lr: float | None = Field(None, gt=0, description="None: as lr")
+    head_lr_scale: float = Field(10.0, gt=0, description="heads learn this much faster than the encoder")
+    weight_decay: float = Field(0.01, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    momentum: float = Field(0.9, ge=0, lt=1, description="sgd only, Nesterov")
+    clip: float | None = Field(None, gt=0, description="L2 norm to which the gradient is clipped; None: not clipped")
+    power: float = Field(1.0, ge=0, description="poly schedule: lr (1 - i/T)^power")
+    min_lr: float = Field(0.0, ge=0)
+    warmup: int = Field(0, ge=0, description="iterations of linear warm-up")
+    warmup_ratio: float = Field(1e-6, gt=0, le=1)
+
+
+class TrainConfig(Section):
+    """How long, how many at once, on what."""
+
+    batch_size: PositiveInt = Field(16, description="images per optimiser step, over all devices")
+    accumulate: PositiveInt = Field(1, description="forward passes per optimiser step and device")
+    iterations: PositiveInt | list[PositiveInt] | None = Field(None, description="per step; the last one repeats")
+    epochs: float | list[float] | None = Field(None, description="instead of iterations; the last one repeats")
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    devices: PositiveInt = 1
+    log_every: PositiveInt = 10
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainConfig:
+        if (self.iterations is None) == (self.epochs is None):
+            raise ValueError("give exactly one of train.iterations and train.epochs")
+        return self
+
+    def length(self, step: int, images: int) -> int:
+        """Optimiser steps of step `step`, which has `images` training images."""
+        if self.iterations is not None:
+            return int(_at(self.iterations, step))
+        return max(1, round(_at(self.epochs, step) * images / self.batch_size))
+
+
+def _at(value: Any, step: int) -> Any:
+    return value[min(step, len(value) - 1)] if isinstance(value, list) else value
+
+
+class EvaluateConfig(Section):
+    """Test geometries and what is kept of them. See `cssbench.evaluate`."""
+
+    split: Literal["val", "test", "holdout"] = "val"
+    geometries: list[Literal["full", "crop"]] = Field(["full", "crop"], min_length=1)
+    crop: PositiveInt = Field(512, description="`crop`: short side, then centre crop, px")
+    short_side: PositiveInt | None = Field(512, description="`full`: short side of the model's input; None: as stored")
+    long_side: PositiveInt | None = Field(2048, description="`full`: longest side allowed of the model's input")
+    inference: Literal["whole", "slide"] = "whole"
+    window: PositiveInt = Field(512, description="`slide`: side of the window, px")
+    stride: PositiveInt = Field(341, description="`slide`: stride of the window, px")
+    background_threshold: float = Field(
+        0.5, ge=0, description="models without a background output predict it where no score reaches this"
+    )
+    samples: int = Field(8, ge=0, description="validation images whose predictions are kept for the report")
+    limit: PositiveInt | None = Field(None, description="only so many images: for debugging, never for a table")
+
+
+class RunConfig(Section):
+    """A whole recipe."""
+
+    seed: int = Field(0, ge=0, lt=2**31)
+    note: str = Field("", description="shown beside every number: budget, scale, what it must not be compared with")
+    scenario: ScenarioChoice
+    method: PartChoice
+    model: PartChoice
+    data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    def dump(self) -> dict[str, Any]:
+        """As plain data without None, ready for TOML; `validate` of it gives an equal configuration."""
+        return _without_none(self.model_dump(mode="json"))
+
+    def to_toml(self) -> str:
+        return tomli_w.dumps(self.dump())
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_none(v) for k, v in value.items() if v is not None}
+    return value
+
+
+def validate(content: dict[str, Any], source: str) -> RunConfig:
+    """Check the content of a recipe. Raises ConfigError naming `source`, the key and what it may hold."""
+    try:
+        return RunConfig.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError(explain_validation(source, error)) from None
+
+
+def part_config(kind: str, choice: PartChoice, config: type[Section]) -> Section:
+    """The options of a method or model, checked by its own `Config`. Raises ConfigError."""
+    try:
+        return config.model_validate(choice.options)
+    except ValidationError as error:
+        raise ConfigError(explain_validation(f"The options of {kind} {choice.name!r}", error)) from None
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """The content of a recipe: an installed one by name, or a path to a TOML file. Raises ConfigError."""
+    if not name.endswith(".toml"):
+        return registry.read_toml("recipes", name)
+    try:
+        return tomllib.loads(Path(name).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UnknownNameError("recipe file", name, registry.toml_files("recipes")) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"Recipe {name!r} is not valid TOML: {error}.") from None
+
+
+def override(content: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
+    """Apply `a.b=c` assignments; a value is read as TOML, or as a string when that fails. Raises ConfigError."""
+    content = {**content}
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        keys = path.strip().split(".")
+        if not equals or not all(keys):
+            raise ConfigError(f"An override must look like section.key=value, not {assignment!r}.")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text.strip()
+        node = content
+        for key in keys[:-1]:
+            child = node.get(key, {})
+            if not isinstance(child, dict):
+                raise ConfigError(f"In {assignment!r}, {key!r} is a value, not a section.")
+            node[key] = {**child}
+            node = node[key]
+        node[keys[-1]] = value
+    return content
+
+
+def explain_validation(source: str, error: ValidationError) -> str:
+    """A pydantic error as one paragraph: which key, what it held, what is allowed, the nearest key."""
+    complaints = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"]) or "the whole"
+        if item["type"] == "extra_forbidden":
+            complaints.append(f"unknown key {where!r}{_near_key(error, item)}")
+        elif item["type"] == "missing":
+            complaints.append(f"{where!r} is missing")
+        else:
+            value = "" if isinstance(item["input"], dict) else f" (it is {item['input']!r})"
+            complaints.append(f"{where!r}{value}: {item['msg'].removeprefix('Value error, ')}")
+    return f"{source} is not valid: " + "; ".join(dict.fromkeys(complaints)) + "."
+
+
+def _near_key(error: ValidationError, item: Any) -> str:
+    known = _known_keys(error.title)
+    near = difflib.get_close_matches(str(item["loc"][-1]), known, n=2, cutoff=0.5)
+    return (
+        f" (did you mean {' or '.join(map(repr, near))}?)"
+        if near
+        else f" (known: {', '.join(sorted(known))})" * bool(known)
+    )
+
+
+def _known_keys(title: str) -> set[str]:
+    """Field names of the model called `title` and of its sections."""
+    known: set[str] = set()
+    todo: list[type[BaseModel]] = [m for m in _subclasses(BaseModel) if m.__name__ == title]
+    while todo:
+        model = todo.pop()
+        for name, field in model.model_fields.items():
+            known.add(name)
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                todo.append(field.annotation)
+    return known
+
+
+def _subclasses(cls: type) -> set[type]:
+    children: list[type] = cls.__subclasses__()
+    return set(children).union(*map(_subclasses, children))

@@ -1,0 +1,130 @@
+"""The training data of one step: an exact image set, one label table, and an endless, seeded stream of batches."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from cssbench.data.base import SegDataset
+from cssbench.data.transforms import (
+    TrainTransform,
+    centre_crop,
+    normalise,
+    resize,
+    resize_label,
+    short_side_size,
+    to_tensor,
+)
+
+Key = tuple[int, int]  # (epoch, index into the stems)
+
+
+class StepDataset(Dataset):
+    """Images of one step with the labels that the learner sees. Indexed by (epoch, i): the draw depends on
+    (seed, epoch, image name) alone.
+
+    `table` is `Scenario.train_table(step)`.
+    """
+
+    def __init__(
+        self,
+        source: SegDataset,
+        split: str,
+        stems: Sequence[str],
+        table: np.ndarray,
+        transform: TrainTransform,
+        seed: int,
+    ):
+        self.source, self.split, self.stems = source, split, list(stems)
+        self.table, self.transform, self.seed = table, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.stems)
+
+    def __getitem__(self, key: Key) -> dict[str, Any]:
+        epoch, index = key
+        stem = self.stems[index]
+        rng = np.random.default_rng([self.seed, epoch, stem_number(stem)])
+        image, label = self.source.pair(self.split, stem)
+        picture, truth = self.transform(image, self.table[label], rng)
+        return {"images": picture, "labels": truth, "names": stem}
+
+
+class HoldoutDataset(Dataset):
+    """Unaugmented square views (short side, then centre crop) of images, with the labels that the learner sees."""
+
+    def __init__(self, source: SegDataset, stems: Sequence[str], table: np.ndarray, transform: TrainTransform):
+        self.source, self.stems, self.table, self.transform = source, list(stems), table, transform
+
+    def __len__(self) -> int:
+        return len(self.stems)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        stem, side = self.stems[index], self.transform.config.crop
+        image, label = self.source.pair("train", stem)
+        size = short_side_size(label.shape, side)
+        view = normalise(centre_crop(resize(to_tensor(image), size), side), self.transform.mean, self.transform.std)
+        truth = centre_crop(resize_label(torch.from_numpy(self.table[label]), size), side).long()
+        return {"images": view, "labels": truth, "names": stem}
+
+
+class BatchStream(Sampler[list[Key]]):
+    """Micro-batches of (epoch, index): every epoch a new permutation, batches run on across epochs, none is dropped.
+
+    The order depends on (seed, n) alone. With `world` processes, process `rank` takes every world-th image of each
+    global micro-batch, so that the effective batch does not depend on the number of processes.
+    """
+
+    def __init__(self, n: int, seed: int, micro_batch: int, num_batches: int, rank: int = 0, world: int = 1):
+        self.n, self.seed, self.micro_batch, self.num_batches = n, seed, micro_batch, num_batches
+        self.rank, self.world = rank, world
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        keys = self._keys()
+        for _ in range(self.num_batches):
+            batch = [next(keys) for _ in range(self.micro_batch * self.world)]
+            yield batch[self.rank :: self.world]
+
+    def _keys(self) -> Iterator[Key]:
+        epoch = 0
+        while True:
+            for index in np.random.default_rng([self.seed, epoch]).permutation(self.n):
+                yield epoch, int(index)
+            epoch += 1
+
+
+def one_pass(n: int, batch: int) -> list[list[Key]]:
+    """Every image once, in order, at epoch 0: what `ctx.train_loader` walks."""
+    return [[(0, i) for i in range(start, min(start + batch, n))] for start in range(0, n, batch)]
+
+
+def make_loader(dataset: Dataset, batches: Any, workers: int) -> DataLoader:
+    """A loader over explicit batches; items come as {"images": (B,3,S,S), "labels": (B,S,S), "names": [...]}."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=False,
+        multiprocessing_context="spawn" if workers else None,
+    )
+
+
+def stem_number(stem: str) -> int:
+    """A 63-bit number that depends on the name alone."""
+    return int.from_bytes(hashlib.sha256(stem.encode()).digest()[:8], "big") >> 1
+
+
+def split_holdout(stems: Sequence[str], share: float) -> tuple[list[str], list[str]]:
+    """(trained on, held out): an image is held out when the hash of its name falls below `share`; order kept."""
+    limit = share * 2**63
+    held = [stem_number(f"holdout {stem}") < limit for stem in stems]
+    return [s for s, h in zip(stems, held, strict=True) if not h], [s for s, h in zip(stems, held, strict=True) if h]

@@ -1,0 +1,187 @@
+"""From a model to confusion matrices over a whole split: raw class id x predicted class id, per geometry and rule.
+
+Geometries: `full`, the label at its own size, the image resized by the recipe and predicted whole or by sliding window;
+`crop`, short side and centre crop of image and label. Rules: `all`, argmax over all outputs (a model without a
+background output predicts background where no score reaches the threshold); `foreground`, argmax over classes only.
+One image at a time, so that a result depends neither on the batch size nor on the number of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from cssbench.config import EvaluateConfig
+from cssbench.data.base import SegDataset
+from cssbench.data.transforms import centre_crop, normalise, resize, resize_label, short_side_size, to_tensor
+from cssbench.metrics.confusion import confusion
+from cssbench.models.segmenter import Segmenter
+from cssbench.scenario import Scenario, Step
+
+
+@dataclass(frozen=True)
+class View:
+    """One geometry of one image: the model's input (3, H, W) and the class ids (h, w) to predict."""
+
+    geometry: str
+    image: Tensor
+    label: Tensor
+
+
+class EvaluationDataset(Dataset):
+    """The views of each image of a split. `split` "holdout" reads the files of "train"."""
+
+    def __init__(self, source: SegDataset, split: str, stems: list[str], config: EvaluateConfig, model: Segmenter):
+        self.source, self.split, self.stems, self.config = source, split, stems, config
+        self.mean, self.std = model.pixel_mean, model.pixel_std
+
+    def __len__(self) -> int:
+        return len(self.stems)
+
+    def __getitem__(self, index: int) -> tuple[str, list[View]]:
+        stem, split = self.stems[index], "train" if self.split == "holdout" else self.split
+        image, label = self.source.pair(split, stem)
+        picture, truth = to_tensor(image), torch.from_numpy(label)
+        return stem, [getattr(self, f"_{geometry}")(picture, truth) for geometry in self.config.geometries]
+
+    def _full(self, image: Tensor, label: Tensor) -> View:
+        short = self.config.short_side or min(label.shape)
+        size = short_side_size(label.shape, short, self.config.long_side)
+        return View("full", normalise(resize(image, size), self.mean, self.std), label)
+
+    def _crop(self, image: Tensor, label: Tensor) -> View:
+        side = self.config.crop
+        size = short_side_size(label.shape, side)
+        image = centre_crop(resize(image, size), side)
+        return View("crop", normalise(image, self.mean, self.std), centre_crop(resize_label(label, size), side))
+
+
+def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
+    """Pad (B, 3, H, W) right and below with 0 (the mean colour) to multiples."""
+    height, width = image.shape[-2:]
+    return F.pad(image, (0, -width % multiple, 0, -height % multiple))
+
+
+def whole_scores(model: Segmenter, image: Tensor) -> Tensor:
+    """(3, H, W) -> (C, H, W) scores from one forward pass, padded to the model's multiple and cut back."""
+    height, width = image.shape[-2:]
+    return model(pad_to_multiple(image[None], model.multiple)).scores[0, :, :height, :width]
+
+
+def slide_scores(model: Segmenter, image: Tensor, window: int, stride: int) -> Tensor:
+    """(3, H, W) -> (C, H, W): mean of the scores of all windows that cover a pixel; the last window of a row or column
+    ends at the border. A side shorter than the window is padded, as in `whole_scores`."""
+    height, width = image.shape[-2:]
+    image = F.pad(image, (0, max(0, window - width), 0, max(0, window - height)))
+    total, count = None, torch.zeros(image.shape[-2:], device=image.device)
+    for top in window_starts(image.shape[-2], window, stride):
+        for left in window_starts(image.shape[-1], window, stride):
+            area = (slice(top, top + window), slice(left, left + window))
+            scores = whole_scores(model, image[(slice(None), *area)])
+            if total is None:
+                total = scores.new_zeros(len(scores), *image.shape[-2:])
+            total[(slice(None), *area)] += scores
+            count[area] += 1
+    assert total is not None
+    return (total / count)[:, :height, :width]
+
+
+def window_starts(extent: int, window: int, stride: int) -> list[int]:
+    """Starts of the windows along one side: regular strides, the last one moved to the border (mmsegmentation)."""
+    number = max(extent - window + stride - 1, 0) // stride + 1
+    return [min(i * stride, extent - window) for i in range(number)]
+
+
+class Predictor:
+    """Scores -> predicted class ids, for both rules and for the outputs of steps 0..t alone."""
+
+    def __init__(self, model: Segmenter, scenario: Scenario, threshold: float):
+        self.has_background, self.threshold = model.has_background, threshold
+        self.ids = torch.tensor([0, *scenario.order])
+        self.ends = [len(step.seen) for step in scenario.steps]
+
+    def __call__(self, scores: Tensor, step: int) -> dict[str, Tensor]:
+        """scores: (C, h, w) -> {"all": (h, w) class ids, "foreground": ...} with the outputs of steps 0..step."""
+        classes = scores[1:] if self.has_background else scores
+        best, position = classes[: self.ends[step]].max(dim=0)
+        foreground = self.ids.to(scores.device)[position + 1]
+        background = scores[0] >= best if self.has_background else best < self.threshold
+        return {"all": foreground.masked_fill(background, 0), "foreground": foreground}
+
+
+@torch.no_grad()
+def evaluate(
+    fabric: Any,
+    model: Segmenter,
+    data: EvaluationDataset,
+    scenario: Scenario,
+    step: Step,
+    workers: int = 0,
+    on_image: Callable[[], None] = lambda: None,
+    keep: frozenset[str] = frozenset(),
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """(matrices, samples): int64 (K+1, K+1) arrays as `results.StepRecord.matrices` names them, and the predicted class
+    ids (h, w) of the images in `keep` (`full` geometry if it is evaluated, rule `foreground`).
+
+    With several processes each takes every world-th image, and the counts are added up exactly.
+    """
+    was_training = model.training
+    model.eval()
+    predictor = Predictor(model, scenario, data.config.background_threshold)
+    last = step.index == len(scenario.steps) - 1
+    totals: dict[str, Tensor] = {}
+    samples: dict[str, np.ndarray] = {}
+    for stem, views in _share(fabric, data, workers):
+        for view, scores in _scored(fabric, model, views, data.config):
+            truth = view.label.to(scores.device)
+            for key, predicted in _predictions(predictor, scores, step.index, last):
+                key = f"{view.geometry}.{key}"
+                counts = confusion(truth, predicted, data.source.num_classes)
+                totals[key] = totals[key] + counts if key in totals else counts
+                if stem in keep and key == f"{data.config.geometries[0]}.foreground":
+                    samples[stem] = predicted.cpu().numpy().astype(np.uint8)
+        on_image()
+    model.train(was_training)
+    return {
+        key: fabric.all_reduce(total, reduce_op="sum").cpu().numpy() for key, total in sorted(totals.items())
+    }, samples
+
+
+def _share(fabric: Any, data: EvaluationDataset, workers: int) -> Iterator[tuple[str, list[View]]]:
+    """This process's images, in order."""
+    mine = range(fabric.global_rank, len(data), fabric.world_size)
+    context = "spawn" if workers else None
+    return iter(DataLoader(data, batch_size=None, sampler=mine, num_workers=workers, multiprocessing_context=context))
+
+
+def _scored(fabric: Any, model: Segmenter, views: list[View], config: EvaluateConfig) -> Iterator[tuple[View, Tensor]]:
+    """Each view with scores (C, h, w) at its label's size. Equal inputs are run once."""
+    done: list[tuple[Tensor, Tensor]] = []
+    for view in views:
+        scores = next((s for image, s in done if torch.equal(image, view.image)), None)
+        if scores is None:
+            image = view.image.to(fabric.device)
+            with fabric.autocast():
+                if view.geometry == "full" and config.inference == "slide":
+                    scores = slide_scores(model, image, config.window, config.stride).float()
+                else:
+                    scores = whole_scores(model, image).float()
+            done.append((view.image, scores))
+        if scores.shape[-2:] != view.label.shape:
+            scores = F.interpolate(scores[None], size=view.label.shape, mode="bilinear", align_corners=False)[0]
+        yield view, scores
+
+
+def _predictions(predictor: Predictor, scores: Tensor, step: int, last: bool) -> Iterator[tuple[str, Tensor]]:
+    yield from predictor(scores, step).items()
+    if last:
+        for earlier in range(step):
+            for rule, predicted in predictor(scores, earlier).items():
+                yield f"{rule}.upto{earlier}", predicted

@@ -1,0 +1,208 @@
+"""From a configuration to the objects of a run: data, scenario, image sets, model, method, run folder."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric import Fabric
+
+from cssbench import provenance, registry, scenario
+from cssbench.config import RunConfig, part_config
+from cssbench.data.base import SegDataset
+from cssbench.data.presence import PresenceIndex, build
+from cssbench.data.registry import make_dataset
+from cssbench.data.step_dataset import split_holdout
+from cssbench.data.transforms import TrainTransform
+from cssbench.errors import ConfigError, PluginError, RunError
+from cssbench.method import Method
+from cssbench.models.segmenter import Segmenter
+from cssbench.results import RunFolder
+from cssbench.scenario import Scenario, Step, stems_digest
+from cssbench.trainer import make_fabric, micro_batch
+
+
+@dataclass
+class Experiment:
+    """All that the task loop needs. `train_stems[t]`, `holdout_stems[t]`: image names of step t."""
+
+    config: RunConfig
+    folder: RunFolder
+    fabric: Fabric
+    data: SegDataset
+    scenario: Scenario
+    train: PresenceIndex
+    train_stems: list[list[str]]
+    holdout_stems: list[list[str]]
+    evaluation: PresenceIndex
+    model: Segmenter
+    method: Method
+
+    @property
+    def transform(self) -> TrainTransform:
+        return TrainTransform(self.config.augment, self.model.pixel_mean, self.model.pixel_std)
+
+    def evaluation_stems(self, step: Step) -> list[str]:
+        """Images of the evaluated split that show a class seen by `step` (the first `evaluate.limit` of them)."""
+        return self.evaluation.showing(step.seen)[: self.config.evaluate.limit]
+
+    def class_images(self, step: Step) -> dict[int, int]:
+        """Position of each new class -> number of the step's training images that show it."""
+        rows = np.isin(self.train.stems, self.train_stems[step.index])
+        counts = self.train.table[rows].sum(axis=0)
+        return {p: int(counts[c]) for p, c in zip(step.new_positions, step.new, strict=True)}
+
+    @cached_property
+    def sample_stems(self) -> list[str]:
+        """Images kept for the report: greedily those that add the most classes not yet shown, then in order."""
+        stems = self.evaluation_stems(self.scenario.steps[-1])
+        table = dict(zip(self.evaluation.stems, list(self.evaluation.table[:, 1:]), strict=True))
+        chosen: list[str] = []
+        shown = np.zeros(self.evaluation.table.shape[1] - 1, bool)
+        for _ in range(min(self.config.evaluate.samples, len(stems))):
+            rest = [s for s in stems if s not in chosen]
+            best = max(rest, key=lambda s: (int((table[s] & ~shown).sum()), int(table[s].sum())))
+            chosen.append(best)
+            shown |= table[best]
+        return chosen
+
+    def describe_scenario(self) -> dict[str, Any]:
+        """Content of scenario.json."""
+        steps = zip(self.scenario.steps, self.train_stems, strict=True)
+        return {
+            "name": self.scenario.name,
+            "dataset": self.scenario.dataset,
+            "mode": self.scenario.mode,
+            "void": self.scenario.void,
+            "description": self.scenario.description,
+            "classes": list(self.data.classes),
+            "palette": self.data.palette.tolist(),
+            "steps": [{"new": list(s.new), "images": len(i), "sha256": stems_digest(i)} for s, i in steps],
+        }
+
+    def describe_data(self) -> dict[str, Any]:
+        """The data part of provenance.json. `identity` does not depend on where the files lie or when they came."""
+        splits = {"train", "train" if self.config.evaluate.split == "holdout" else self.config.evaluate.split}
+        return {
+            "name": self.data.name,
+            "root": str(self.data.root),
+            "identity": {split: self.data.fingerprint(split) for split in sorted(splits)},
+            "evaluated": self.config.evaluate.split,
+            "evaluated_images": len(self.evaluation_stems(self.scenario.steps[-1])),
+            "evaluated_sha256": stems_digest(self.evaluation_stems(self.scenario.steps[-1])),
+        }
+
+
+def build_experiment(config: RunConfig, out: Path, command: list[str] | None = None) -> Experiment:
+    """Build everything and check it together, before anything is written. `command` None: to resume `out`."""
+    chosen = config.scenario
+    scene = scenario.load(
+        chosen.name, mode=chosen.mode, order=chosen.order, void=chosen.void, partition_seed=chosen.partition_seed
+    )
+    method = make_method(config)
+    fabric = make_fabric(config.train)
+    micro_batch(config.train, fabric.world_size)
+    data = make_dataset(scene.dataset, config.data.root, config.data.options)
+    check_classes(scene, data)
+    train = build(data, "train")
+    kept, held = split_holdout(train.stems, config.data.holdout)
+    if config.evaluate.split == "holdout" and not held:
+        raise ConfigError("evaluate.split = 'holdout' needs data.holdout above 0.")
+    trained = train.subset(np.flatnonzero(np.isin(train.stems, kept)))
+    per_step = [[trained.stems[i] for i in indices] for indices in scene.images(trained.table)]
+    evaluation = train.subset(np.flatnonzero(np.isin(train.stems, held)))
+    holdout = _holdout_steps(scene, evaluation)
+    if config.evaluate.split != "holdout":
+        evaluation = build(data, config.evaluate.split)
+    torch.manual_seed(derive_seed(config.seed, "model"))
+    model = make_model(config)
+    check_sizes(config, model)
+    folder = RunFolder(out, config) if command is not None else RunFolder.read(out)
+    made = Experiment(config, folder, fabric, data, scene, train, per_step, holdout, evaluation, model, method)
+    if command is not None:
+        folder.scenario = made.describe_scenario()
+        folder.provenance = provenance.collect(command) | run_facts(made)
+    elif folder.scenario != made.describe_scenario():
+        raise RunError(
+            f"{out} was started on other data: its scenario.json does not agree with what lies at "
+            f"{config.data.root}. Give the data it was started on with --data."
+        )
+    return made
+
+
+def run_facts(made: Experiment) -> dict[str, Any]:
+    """What provenance.json says of the run beside the machine."""
+    config = made.config
+    return {
+        "seed": config.seed,
+        "processes": made.fabric.world_size,
+        "effective_batch": config.train.batch_size,
+        "precision": config.train.precision,
+        "iterations": [config.train.length(t, len(s)) for t, s in enumerate(made.train_stems)],
+        "note": config.note,
+        "debug_limited": config.evaluate.limit is not None,
+        "data": made.describe_data(),
+    }
+
+
+def _holdout_steps(scene: Scenario, held: PresenceIndex) -> list[list[str]]:
+    """The held-out images of each step, those that show one of its classes; a step may have none."""
+    return [held.showing(step.new) for step in scene.steps]
+
+
+def check_classes(scene: Scenario, data: SegDataset) -> None:
+    """Raises ConfigError when scenario and dataset do not have the same number of classes."""
+    if scene.num_classes != data.num_classes:
+        raise ConfigError(
+            f"Scenario {scene.name!r} has {scene.num_classes} classes, dataset {data.name!r} at {data.root} has "
+            f"{data.num_classes}. Use the scenario of that dataset, or set data.options."
+        )
+
+
+def make_method(config: RunConfig) -> Method:
+    cls = registry.load("methods", config.method.name)
+    if not (isinstance(cls, type) and issubclass(cls, Method)):
+        raise PluginError(f"The method {config.method.name!r} is {cls!r}, not a subclass of cssbench.api.Method.")
+    return cls(part_config("method", config.method, cls.Config))
+
+
+def make_model(config: RunConfig) -> Segmenter:
+    cls = registry.load("models", config.model.name)
+    if not (isinstance(cls, type) and issubclass(cls, Segmenter)):
+        raise PluginError(f"The model {config.model.name!r} is {cls!r}, not a subclass of cssbench.api.Segmenter.")
+    return cls(part_config("model", config.model, cls.Config))
+
+
+def check_sizes(config: RunConfig, model: Segmenter) -> None:
+    """Raises ConfigError when a configured square is not a multiple of what the model needs."""
+    sizes = {"augment.crop": config.augment.crop}
+    if config.evaluate.inference == "slide":
+        sizes["evaluate.window"] = config.evaluate.window
+    for name, size in sizes.items():
+        if size % model.multiple:
+            below = size - size % model.multiple
+            raise ConfigError(
+                f"{name} = {size} is not a multiple of {model.multiple}, the patch size of model "
+                f"{config.model.name!r}. The nearest sizes are {below} and {below + model.multiple}."
+            )
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """`config` with the options of method and model written out in full, defaults included."""
+    changes = {}
+    for kind in ("method", "model"):
+        choice = getattr(config, kind)
+        cls = registry.load(f"{kind}s", choice.name)
+        options = part_config(kind, choice, cls.Config).model_dump(mode="json")
+        changes[kind] = type(choice)(name=choice.name, **options)
+    return config.model_copy(update=changes)
+
+
+def derive_seed(seed: int, *parts: Any) -> int:
+    """A 63-bit seed that depends on all of its arguments."""
+    return int.from_bytes(hashlib.sha256(repr((seed, *parts)).encode()).digest()[:8], "big") >> 1

@@ -1,0 +1,94 @@
+"""The hook specification of a CSS method. No behaviour here beyond defaults; see `cssbench.api` for the one import.
+
+Hooks, in order, at every step t (the model has already grown its head for the step's classes):
+
+    start_step(ctx)  ->  param_groups(ctx)  ->  loss(ctx, batch), once per forward pass  ->  end_step(ctx)
+
+After `end_step` the loop saves `state_dict()`, freezes a copy of the model as `ctx.previous` of the next step, and
+evaluates. A method never changes the model's structure: growth belongs to the loop, so that resume can replay it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from cssbench.config import Section
+from cssbench.scenario import Scenario, Step
+
+if TYPE_CHECKING:
+    from cssbench.models.segmenter import Segmenter, SegOutput
+
+
+@dataclass
+class Batch:
+    """One forward pass. Labels are positions: 0 background, 255 ignored, else what the learner sees at this step."""
+
+    images: Tensor  # (B, 3, H, W) float32, normalised for the model
+    labels: Tensor  # (B, H, W) int64
+    output: SegOutput
+    previous: SegOutput | None = None  # of the model after the last step, no gradient; None at step 0
+    names: list[str] = field(default_factory=list)
+
+
+@dataclass
+class StepContext:
+    """What a method may know at one step."""
+
+    scenario: Scenario
+    step: Step
+    model: Segmenter
+    previous: Segmenter | None  # the model after the last step: frozen, eval mode; None at step 0
+    train_loader: Iterable[dict[str, Any]]  # one augmented pass: {"images", "labels", "names"} on the CPU
+    holdout_loader: Iterable[dict[str, Any]] | None  # the step's held-out images, unaugmented; None without holdout
+    device: torch.device
+    images: tuple[int, ...]  # number of training images of steps 0..t
+    class_images: dict[int, int]  # position of each new class -> number of this step's images that show it
+    log: Callable[[str, float], None]
+    iteration: int = 0  # optimiser steps done in this step
+
+
+class Method:
+    """A continual method. Only `loss` is required.
+
+    `Config` holds the hyper-parameters, the paper's values as defaults; unknown keys are refused.
+    `uses_previous = False` spares the forward pass through the previous model.
+    """
+
+    class Config(Section):
+        """No hyper-parameters."""
+
+    uses_previous: bool = True
+
+    def __init__(self, config: Any = None):
+        self.config = self.Config() if config is None else config
+
+    def start_step(self, ctx: StepContext) -> None:
+        """Before training: initialise the new head, freeze, pass over `ctx.train_loader`."""
+
+    def param_groups(self, ctx: StepContext) -> list[dict[str, Any]]:
+        """Optimiser groups: {"params": [...]} and, where wanted, "head": True (learn `optim.head_lr_scale` times
+        faster), "lr_scale": float (times whatever the recipe says), "weight_decay": float (instead of the recipe's).
+
+        Default: everything trainable, heads at the head rate, no decay on norms and biases of the encoder
+        (`Segmenter.param_groups`).
+        """
+        return ctx.model.param_groups()
+
+    def loss(self, ctx: StepContext, batch: Batch) -> dict[str, Tensor]:
+        """Named scalar terms, already weighted; the trainer adds them up."""
+        raise NotImplementedError(f"{type(self).__name__} must define loss(ctx, batch)")
+
+    def end_step(self, ctx: StepContext) -> None:
+        """After training, before the model is saved, copied and evaluated."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next step needs beside the model: tensors, numbers, strings, lists and dicts of them."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict()`."""

@@ -1,0 +1,168 @@
+"""The Attention-to-Mask (ATM) decoder of SegViT: class tokens attend to image tokens, and their similarity is the mask.
+
+Source: Zhang et al. 2022 (v1), section 3.2; thesis section 4.2.1 (v2). v2 drops the self-attention among class tokens
+and classifies each query as present or absent, so that classes do not see each other.
+Shapes: B images, N classes (queries), L image tokens on an h x w grid, C encoder width, d decoder width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, PositiveInt
+from torch import Tensor, nn
+
+from cssbench.config import Section
+from cssbench.errors import ModelError
+
+
+class ATMConfig(Section):
+    """Options of an ATM head."""
+
+    version: Literal["v1", "v2"] = "v2"
+    width: PositiveInt | None = Field(None, description="d; None: half the encoder's width")
+    heads: PositiveInt = Field(12, description="attention heads: 12 for ViT-B, 16 for ViT-L in the public code")
+    layers: PositiveInt = Field(3, description="decoder layers per stage")
+    dropout: float = Field(0.1, ge=0, lt=1)
+    init_std: float = Field(
+        0.02,
+        gt=0,
+        description="of every linear; small heads (d = 96) learn sooner with 0.06, which keeps their logits as large",
+    )
+
+
+@dataclass
+class MaskPrediction:
+    """One supervised output. masks: (B, N, h, w) logits. classes: (B, N, 2) logits, index 0 = present (v2), or
+    (B, N, N+1), last = no object (v1)."""
+
+    masks: Tensor
+    classes: Tensor
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention that also returns its similarity before softmax, averaged over heads: the mask logits."""
+
+    def __init__(self, width: int, heads: int, dropout: float):
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, queries: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """queries (B, N, d), tokens (B, L, d) -> context (B, N, d), similarity (B, N, L)."""
+        q, k, v = (self._split(x) for x in (self.q(queries), self.k(tokens), self.v(tokens)))
+        similarity = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+        context = self.dropout(similarity.softmax(-1)) @ v
+        return self.out(context.transpose(1, 2).flatten(2)), similarity.mean(1)
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+class ATMLayer(nn.Module):
+    """Post-norm decoder layer: (self-attention, v1 only) -> cross-attention -> FFN of 4d with ReLU."""
+
+    def __init__(self, width: int, config: ATMConfig):
+        super().__init__()
+        self.self_attention = None
+        if config.version == "v1":
+            self.self_attention = nn.MultiheadAttention(width, config.heads, config.dropout, batch_first=True)
+            self.self_norm = nn.LayerNorm(width)
+        self.cross_attention = CrossAttention(width, config.heads, config.dropout)
+        self.cross_norm, self.ffn_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.ffn = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.ReLU(), nn.Dropout(config.dropout), nn.Linear(4 * width, width)
+        )
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, queries: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        if self.self_attention is not None:
+            mixed = self.self_attention(queries, queries, queries, need_weights=False)[0]
+            queries = self.self_norm(queries + self.dropout(mixed))
+        context, similarity = self.cross_attention(queries, tokens)
+        queries = self.cross_norm(queries + self.dropout(context))
+        return self.ffn_norm(queries + self.dropout(self.ffn(queries))), similarity
+
+
+class ATMStage(nn.Module):
+    """One tap: linear projection C -> d, LayerNorm, decoder layers. The last layer's similarity is the stage's mask."""
+
+    def __init__(self, encoder_width: int, width: int, config: ATMConfig):
+        super().__init__()
+        self.project, self.norm = nn.Linear(encoder_width, width), nn.LayerNorm(width)
+        self.layers = nn.ModuleList(ATMLayer(width, config) for _ in range(config.layers))
+
+    def forward(self, queries: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = self.norm(self.project(tokens))
+        similarity = tokens.new_zeros(())
+        for layer in self.layers:
+            queries, similarity = layer(queries, tokens)
+        return queries, similarity
+
+
+class ATMHead(nn.Module):
+    """Class tokens, a cascade of stages (deepest tap first), one class linear shared by the stages.
+
+    Stage masks are summed as logits: M1 = S1, M2 = S1 + S2, ... Buffers `class_scale` (scalar) and `class_shift` (N,)
+    calibrate the presence logits of a finished head (identity until a method sets them).
+    Raises ModelError when d is not a multiple of the number of attention heads.
+    """
+
+    def __init__(self, num_classes: int, encoder_width: int, num_stages: int, config: ATMConfig):
+        super().__init__()
+        width = config.width or encoder_width // 2
+        if width % config.heads:
+            raise ModelError(
+                f"An ATM head of width {width} does not divide into {config.heads} attention heads. "
+                f"Set model.head.heads to a divisor of {width}, or model.head.width."
+            )
+        self.num_classes, self.version = num_classes, config.version
+        self.tokens = nn.Embedding(num_classes, width)
+        self.stages = nn.ModuleList(ATMStage(encoder_width, width, config) for _ in range(num_stages))
+        self.classifier = nn.Linear(width, 2 if config.version == "v2" else num_classes + 1)
+        self.register_buffer("class_scale", torch.ones(()))
+        self.register_buffer("class_shift", torch.zeros(num_classes))
+        self.class_scale: Tensor
+        self.class_shift: Tensor
+        self.apply(lambda module: _init(module, config.init_std))
+
+    def forward(self, taps: list[Tensor], grid: tuple[int, int]) -> list[MaskPrediction]:
+        """taps: (B, L, C) token maps, shallow first -> one prediction per stage, the last one for inference."""
+        queries = self.tokens.weight.expand(len(taps[0]), -1, -1)
+        masks: Tensor | None = None
+        outputs = []
+        for stage, tokens in zip(self.stages, reversed(taps), strict=True):
+            queries, similarity = stage(queries, tokens)
+            masks = similarity if masks is None else masks + similarity
+            outputs.append(MaskPrediction(masks.unflatten(2, grid), self.classifier(queries)))
+        return outputs
+
+    def class_probabilities(self, classes: Tensor) -> Tensor:
+        """v2: (B, N), P(class present). v1: (B, N, N), P(query q votes for class c), 'no object' left out."""
+        logits = classes.float() * self.class_scale
+        if self.version == "v2":
+            return torch.sigmoid(logits[..., 0] - logits[..., 1] + self.class_shift)
+        logits = torch.cat([logits[..., :-1] + self.class_shift, logits[..., -1:]], dim=-1)
+        return logits.softmax(-1)[..., :-1]
+
+    def scores(self, prediction: MaskPrediction, size: tuple[int, int]) -> Tensor:
+        """(B, N, H, W) in [0, 1]: mask logits upsampled to `size`, sigmoid, times class probability.
+
+        v2: P[c] sigmoid(M[c]). v1: sum over queries q of P[q, c] sigmoid(M[q]).
+        """
+        logits = F.interpolate(prediction.masks.float(), size=size, mode="bilinear", align_corners=False)
+        probability = self.class_probabilities(prediction.classes)
+        if self.version == "v2":
+            return probability[..., None, None] * logits.sigmoid()
+        return torch.einsum("bqc,bqhw->bchw", probability, logits.sigmoid())
+
+
+def _init(module: nn.Module, std: float) -> None:
+    """Linear: truncated normal, zero bias; LayerNorm 1/0. Class tokens and fused attention weights keep PyTorch's."""
+    if type(module) is nn.Linear:
+        nn.init.trunc_normal_(module.weight, std=std)
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,142 @@
+"""timm plain ViTs as token maps of chosen blocks. The only module that names timm.
+
+As in the public SegViT code: features are raw block outputs without the final norm; class and register tokens receive
+their position embedding and are dropped before block 1 (`prefix_tokens="drop"`), or stay until the taps (`"keep"`).
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+from pydantic import Field, PositiveInt
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from cssbench.config import Section
+from cssbench.errors import ModelError
+
+
+class BackboneConfig(Section):
+    """A timm plain ViT. Sizes given here replace the named model's (then there are no pre-trained weights)."""
+
+    name: str = "vit_base_patch16_384"
+    pretrained: bool = Field(False, description="download timm's weights (or take them from its cache)")
+    checkpoint: str | None = Field(None, description="local file of weights (safetensors, or .pth of tensors)")
+    image_size: PositiveInt = Field(512, description="side for which position embeddings are stored, px")
+    patch: PositiveInt | None = None
+    width: PositiveInt | None = None
+    depth: PositiveInt | None = None
+    heads: PositiveInt | None = None
+    layers: list[PositiveInt] = Field(default_factory=lambda: [6, 8, 12], min_length=1, description="taps, 1-based")
+    drop_path: float = Field(0.1, ge=0, lt=1, description="linear over depth")
+    prefix_tokens: Literal["drop", "keep"] = "drop"
+    mean: tuple[float, float, float] | None = Field(
+        None, description="normalisation; None: as timm states for the weights"
+    )
+    std: tuple[float, float, float] | None = None
+
+
+class Backbone(nn.Module):
+    """images (B, 3, H, W), H and W multiples of the patch -> list of (B, L, C) token maps of `layers`, in that order.
+
+    Attributes: `width` C, `patch` px, `pixel_mean`, `pixel_std`. Raises ModelError on an unknown name, a model that is
+    not a plain ViT, a tap out of range, or an input that is not a multiple of the patch.
+    """
+
+    def __init__(self, config: BackboneConfig):
+        super().__init__()
+        self.config = config
+        self.vit = _build(config)
+        self.width: int = self.vit.embed_dim
+        self.patch: int = self.vit.patch_embed.patch_size[0]
+        depth = len(self.vit.blocks)
+        wrong = [layer for layer in config.layers if layer > depth]
+        if wrong or sorted(set(config.layers)) != list(config.layers):
+            raise ModelError(
+                f"model.backbone.layers is {list(config.layers)}; expected ascending block numbers from 1 to {depth}, "
+                f"each once, for {config.name!r}."
+            )
+        self.vit.blocks = self.vit.blocks[: config.layers[-1]]  # later blocks would never get a gradient
+        default: Any = self.vit.pretrained_cfg
+        self.pixel_mean = tuple(config.mean or default.get("mean") or (0.5,) * 3)
+        self.pixel_std = tuple(config.std or default.get("std") or (0.5,) * 3)
+        if config.prefix_tokens == "drop":
+            for token in (self.vit.cls_token, self.vit.reg_token):
+                if token is not None:
+                    token.requires_grad_(False)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Token grid of an input of height x width px. Raises ModelError when it is not a multiple of the patch."""
+        if height % self.patch or width % self.patch:
+            raise ModelError(
+                f"An input of {height}x{width} px does not divide into patches of {self.patch} px. Choose crop, window "
+                f"and short side as multiples of {self.patch}."
+            )
+        return height // self.patch, width // self.patch
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        self.grid(*images.shape[-2:])
+        vit = self.vit
+        tokens = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
+        prefix = vit.num_prefix_tokens
+        if self.config.prefix_tokens == "drop":
+            tokens, prefix = tokens[:, prefix:], 0
+        taps = []
+        for number, block in enumerate(vit.blocks, 1):
+            tokens = block(tokens)
+            if number in self.config.layers:
+                taps.append(tokens[:, prefix:])
+        return taps
+
+
+def _build(config: BackboneConfig) -> VisionTransformer:
+    base = config.name.split(".")[0]
+    if base not in timm.list_models():
+        near = difflib.get_close_matches(base, timm.list_models("*vit*"), n=3, cutoff=0.5)
+        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+        raise ModelError(f"timm has no model {config.name!r}.{hint} `timm.list_models('vit*')` lists plain ViTs.")
+    sizes = {"patch_size": config.patch, "embed_dim": config.width, "depth": config.depth, "num_heads": config.heads}
+    sizes = {key: value for key, value in sizes.items() if value is not None}
+    if config.pretrained and sizes:
+        raise ModelError(f"model.backbone.pretrained needs the model's own sizes; remove {', '.join(sizes)}.")
+    options: dict[str, Any] = {
+        **sizes,
+        "num_classes": 0,
+        "drop_path_rate": config.drop_path,
+        "img_size": config.image_size,
+    }
+    if config.checkpoint:
+        path = Path(config.checkpoint)
+        if not path.is_file():
+            raise ModelError(f"model.backbone.checkpoint names {str(path)!r}, which is not a file.")
+        options["pretrained_cfg_overlay"] = {"file": str(path)}
+    try:
+        vit = timm.create_model(
+            config.name,
+            pretrained=config.pretrained or bool(config.checkpoint),
+            dynamic_img_size=True,
+            global_pool="",
+            **options,
+        )
+    except (TypeError, RuntimeError, ValueError, AssertionError, OSError) as error:
+        raise ModelError(f"timm cannot build {config.name!r} with {options}: {error}") from error
+    if not isinstance(vit, VisionTransformer):
+        raise ModelError(
+            f"{config.name!r} is a {type(vit).__name__}, not a plain ViT. Choose a timm VisionTransformer such as "
+            f"'vit_base_patch16_384'."
+        )
+    vit.norm, vit.fc_norm, vit.head = nn.Identity(), nn.Identity(), nn.Identity()
+    return vit
+
+
+def known_backbones(pattern: str = "vit_*") -> list[str]:
+    """Names of timm models that match, for listings."""
+    return timm.list_models(pattern)
+
+
+def to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(B, L, C) tokens -> (B, C, h, w)."""
+    return tokens.transpose(1, 2).unflatten(2, grid)

@@ -1,0 +1,141 @@
+"""What a model is: an encoder and one head per step, and what it puts out.
+
+Shapes: B images of H x W px; outputs are in position order (background first where the model has one).
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cssbench.config import Section
+from cssbench.scenario import Step
+
+
+@dataclass
+class SegOutput:
+    """Output of one forward pass. `size` is the input's (H, W); `features` are (B, D, h, w) maps, shallow first."""
+
+    size: tuple[int, int]
+    features: list[Tensor] = field(default_factory=list)
+
+    @cached_property
+    def scores(self) -> Tensor:
+        """(B, C, H, W): the argmax over C is the predicted position (channel 0 = position 0 with a background
+        output, position 1 without)."""
+        raise NotImplementedError
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """(B, C, H, W): what a softmax over classes applies to. Same channels as `scores`."""
+        return self.scores
+
+
+class Segmenter(nn.Module):
+    """Base of all models. Registered under `cssbench.models`, built as `cls(cls.Config(...))`, then grown.
+
+    Attributes: `has_background`: is position 0 an output?  `pixel_mean`, `pixel_std`: normalisation of 0..1 RGB;
+    `multiple`: H and W of an input must be multiples of this, px.
+    """
+
+    class Config(Section):
+        """No options."""
+
+    has_background: bool = True
+    multiple: int = 1
+    pixel_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    pixel_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    def __init__(self, config: Any = None) -> None:
+        super().__init__()
+        self.config: Any = self.Config() if config is None else config
+        self.heads = nn.ModuleList()
+        self._frozen: list[nn.Module] = []
+        self.skip_frozen_heads = False
+
+    @abstractmethod
+    def grow(self, step: Step) -> None:
+        """Append the head of `step` to `self.heads`. Called once per step, in order, also when a run resumes."""
+
+    @abstractmethod
+    def forward(self, images: Tensor) -> SegOutput:
+        """images: (B, 3, H, W), normalised. In training mode with `skip_frozen_heads`, frozen heads are left out."""
+
+    @abstractmethod
+    def loss(self, output: Any, labels: Tensor) -> dict[str, Tensor]:
+        """The model's own supervised loss on labels (B, H, W) of positions; named scalars, weighted."""
+
+    @property
+    def encoder(self) -> list[nn.Module]:
+        """Modules that are not heads."""
+        return [child for child in self.children() if child is not self.heads]
+
+    def freeze_old(self, skip_in_training: bool = False) -> None:
+        """Freeze the encoder and every head but the newest: no gradient, and eval mode that `train()` does not undo.
+
+        skip_in_training: do not even run old heads in training mode (their output cannot change).
+        """
+        self._frozen = [*self.encoder, *list(self.heads)[:-1]]
+        self.skip_frozen_heads = skip_in_training
+        for module in self._frozen:
+            module.requires_grad_(False)
+        self.train(self.training)
+
+    def is_frozen(self, module: nn.Module) -> bool:
+        return any(module is frozen for frozen in self._frozen)
+
+    def train(self, mode: bool = True) -> Segmenter:
+        super().train(mode)
+        for module in self._frozen:
+            module.eval()
+        return self
+
+    def old_parameters(self) -> list[nn.Parameter]:
+        """Parameters that existed before the newest head."""
+        new = {id(p) for p in self.new_parameters()}
+        return [p for p in self.parameters() if id(p) not in new]
+
+    def new_parameters(self) -> list[nn.Parameter]:
+        return list(self.heads[-1].parameters())
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Trainable parameters as optimiser groups: encoder weights, encoder norms / biases / embeddings (no weight
+        decay), and heads at the head rate (decayed throughout, as in the public SegViT code)."""
+        no_decay = self.no_decay_names()
+        groups: dict[str, dict[str, Any]] = {
+            "encoder": {"params": []},
+            "encoder_no_decay": {"params": [], "weight_decay": 0.0},
+            "heads": {"params": [], "head": True},
+        }
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                plain = parameter.ndim == 1 or name in no_decay
+                kind = "heads" if name.startswith("heads.") else "encoder_no_decay" if plain else "encoder"
+                groups[kind]["params"].append(parameter)
+        return [{"name": kind, **group} for kind, group in groups.items() if group["params"]]
+
+    def no_decay_names(self) -> set[str]:
+        """Names of encoder parameters without weight decay, beside those with one dimension."""
+        return set()
+
+
+def freeze_copy(model: Segmenter) -> Segmenter:
+    """A copy in eval mode without gradients: `ctx.previous` of the next step."""
+    frozen = copy.deepcopy(model)
+    frozen.skip_frozen_heads = False
+    return frozen.eval().requires_grad_(False)
+
+
+def count_parameters(module: nn.Module, trainable: bool = False) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable)
+
+
+def autograd_off(condition: bool) -> torch.set_grad_enabled:
+    """Context: no gradients where `condition` holds, else as outside."""
+    return torch.set_grad_enabled(torch.is_grad_enabled() and not condition)

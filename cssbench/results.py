@@ -1,0 +1,224 @@
+"""The run folder: what a run leaves behind, written atomically and read back without torch.
+
+    DIR/
+      config.toml           the resolved recipe
+      provenance.json       command, versions, hardware, data fingerprint, seeds (see `cssbench.provenance`)
+      scenario.json         classes, groups, mode; per step the number of images and the SHA-256 of their stems
+      steps/00/             one folder per finished step
+        model.safetensors   weights
+        method.pt           the method's own state (tensors only)
+        matrices.npz        int64 confusion matrices, raw class id x predicted class id (see `StepRecord.matrices`)
+        samples/*.png       predictions for the sample images, palette PNG of class ids
+        record.json         numbers, and the SHA-256 of the files beside it; written last: a step with it is finished
+      samples/              the sample images (<stem>.image.png) and their truth (<stem>.truth.png)
+      logs/train.csv        step, iteration, name, value: every logged loss term
+      logs/tensorboard/
+
+Names read back from these files never become paths unchecked: `safe_name` refuses separators and dots.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import tomllib
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cssbench.config import RunConfig, validate
+from cssbench.errors import RunError
+
+SCHEMA = 1
+
+
+def safe_name(name: str) -> str:
+    """`name` when it can stand as one file name; raises RunError otherwise."""
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*", name) or ".." in name:
+        raise RunError(f"{name!r} cannot be used as a file name (letters, digits, '_', '-' and inner dots only).")
+    return name
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`; renamed onto it (after fsync) when the block ends, removed when it fails.
+
+    Raises RunError when the disk is full or the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise RunError(
+            f"{path} could not be written: {error.strerror or error}. What was there before is untouched; "
+            f"free disk space or mend the permissions, then `cssbench resume` the run."
+        ) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_bytes(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Raises RunError when the file is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise RunError(f"{path} is missing: {path.parent} is not a complete run folder.") from None
+    except ValueError as error:
+        raise RunError(f"{path} is damaged ({error}).") from None
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one finished step left. `matrices` maps a key to a (K+1, K+1) int64 array: raw class id (row, 0 = void)
+    x predicted class id (column, 0 = background), over the whole evaluated split.
+
+    Keys: `<geometry>.<rule>` with geometry `full` or `crop` and rule `all` (argmax over all outputs; a model without
+    a background output predicts 0 where no score reaches its threshold) or `foreground` (argmax over classes only).
+    The last step also has `<geometry>.<rule>.upto<t>`: the same with the outputs of steps 0..t alone, which tells
+    what parameters forgot (compare with step t's own matrix) from what later classes took away.
+    """
+
+    index: int
+    content: dict[str, Any]
+    folder: Path
+
+    @cached_property
+    def matrices(self) -> dict[str, np.ndarray]:
+        try:
+            # Opened here, because numpy leaves a damaged archive open.
+            with (self.folder / "matrices.npz").open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+                return {key: file[key] for key in file.files}
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise RunError(f"{self.folder / 'matrices.npz'} is missing or damaged ({error}).") from None
+
+    def samples(self) -> dict[str, Path]:
+        """Predictions of the sample images: stem -> palette PNG."""
+        return {p.stem: p for p in sorted((self.folder / "samples").glob("*.png"))}
+
+
+def _is_scenario(content: Any) -> bool:
+    """Whether scenario.json has what every reader relies on: names, and the class ids of at least one step."""
+    try:
+        named = all(isinstance(content[key], str) for key in ("name", "dataset", "mode"))
+        groups = [step["new"] for step in content["steps"]]
+    except (KeyError, TypeError):
+        return False
+    full = bool(groups) and all(isinstance(group, list) and group for group in groups)
+    return named and full and all(isinstance(c, int) and c > 0 for group in groups for c in group)
+
+
+@dataclass
+class RunFolder:
+    """A run folder, for reading and writing. `read` opens an existing one."""
+
+    path: Path
+    config: RunConfig
+    scenario: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: str | Path) -> RunFolder:
+        """Raises RunError when `path` is not a run folder, is damaged, or of another schema version."""
+        path = Path(path)
+        try:
+            content = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
+        except OSError:
+            raise RunError(f"{path} is not a run folder: it has no config.toml. `cssbench run` makes one.") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise RunError(f"{path / 'config.toml'} is damaged ({error}).") from None
+        config = validate(content, str(path / "config.toml"))
+        provenance, scenario = read_json(path / "provenance.json"), read_json(path / "scenario.json")
+        if not isinstance(provenance, dict) or not _is_scenario(scenario):
+            raise RunError(f"{path} is damaged: provenance.json or scenario.json lacks what `cssbench run` writes.")
+        if provenance.get("schema") != SCHEMA:
+            raise RunError(f"{path} has schema {provenance.get('schema')}; this cssbench reads schema {SCHEMA}.")
+        return cls(path, config, scenario, provenance)
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    def create(self) -> None:
+        """Write config, provenance and scenario. Raises RunError when the folder already holds a run."""
+        if (self.path / "config.toml").exists():
+            raise RunError(f"{self.path} already holds a run. `cssbench resume {self.path}` goes on with it.")
+        write_json(self.path / "provenance.json", self.provenance | {"schema": SCHEMA})
+        write_json(self.path / "scenario.json", self.scenario)
+        write_bytes(self.path / "config.toml", self.config.to_toml().encode())
+
+    def step_folder(self, index: int) -> Path:
+        return self.path / "steps" / f"{index:02d}"
+
+    def finish_step(self, index: int, matrices: dict[str, np.ndarray], numbers: dict[str, Any]) -> None:
+        """Write matrices, then the record with the checksums of every file of the step: the step is finished."""
+        folder = self.step_folder(index)
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, allow_pickle=False, **matrices)
+        write_bytes(folder / "matrices.npz", buffer.getvalue())
+        sums = {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.is_file() and p.name != "record.json"}
+        write_json(folder / "record.json", {"schema": SCHEMA, "step": index, "sha256": sums, **numbers})
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.scenario["steps"])
+
+    def records(self) -> list[StepRecord]:
+        """Finished steps, in order, up to the first unfinished one."""
+        found = []
+        for index in range(self.num_steps):
+            folder = self.step_folder(index)
+            if not (folder / "record.json").exists():
+                break
+            content = read_json(folder / "record.json")
+            if not isinstance(content, dict) or not isinstance(content.get("sha256"), dict):
+                raise RunError(f"{folder / 'record.json'} is damaged: it lists no checksums. Remove {folder}.")
+            found.append(StepRecord(index, content, folder))
+        return found
+
+    def verify(self, record: StepRecord, *names: str) -> None:
+        """Raises RunError when a file of a step is missing or does not match its recorded SHA-256."""
+        for name in names or tuple(record.content["sha256"]):
+            path = record.folder / safe_name(name)
+            if not path.exists() or sha256(path) != record.content["sha256"].get(name):
+                raise RunError(
+                    f"{path} is missing or does not match its checksum: it was changed or cut short after it was "
+                    f"written. Remove {record.folder} to train that step again, or restore the file."
+                )
+
+    @property
+    def finished(self) -> bool:
+        return len(self.records()) == self.num_steps
+
+    @property
+    def groups(self) -> list[list[int]]:
+        """Class ids of each step."""
+        return [step["new"] for step in self.scenario["steps"]]

@@ -1,0 +1,167 @@
+"""The task loop: step after step, grow, train, save, evaluate. Knows no method, model or scenario by name."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from cssbench import checkpoint
+from cssbench.data.step_dataset import BatchStream, HoldoutDataset, StepDataset, make_loader, one_pass
+from cssbench.evaluate import EvaluationDataset, evaluate
+from cssbench.experiment import Experiment, derive_seed
+from cssbench.logs import StepLog
+from cssbench.method import StepContext
+from cssbench.models.segmenter import Segmenter, count_parameters, freeze_copy
+from cssbench.progress import say, track
+from cssbench.protocol import protocols
+from cssbench.results import atomic_path, safe_name
+from cssbench.scenario import Step
+from cssbench.trainer import fit, micro_batch
+
+
+@dataclass
+class Clock:
+    """Seconds of the parts of a step."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    last: float = field(default_factory=time.perf_counter)
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name], self.last = now - self.last, now
+
+
+def run(made: Experiment) -> None:
+    """Run every step that is not finished yet. A finished one is replayed: growth, then its weights and state."""
+    previous: Segmenter | None = None
+    finished = len(made.folder.records())
+    for step in made.scenario.steps:
+        torch.manual_seed(derive_seed(made.config.seed, "grow", step.index))  # alike on every process
+        made.model.grow(step)
+        if step.index < finished - 1:
+            continue
+        if step.index == finished - 1:
+            _restore(made, step)
+        else:
+            _run_step(made, step, previous)
+        previous = freeze_copy(made.model)
+
+
+def _restore(made: Experiment, step: Step) -> None:
+    record = made.folder.records()[step.index]
+    made.folder.verify(record)
+    checkpoint.load_weights(record.folder / "model.safetensors", made.model)
+    made.method.load_state_dict(checkpoint.load_state(record.folder / "method.pt"))
+    made.model.to(made.fabric.device)
+    say(f"step {step.index}: finished before, weights and state restored")
+
+
+def _run_step(made: Experiment, step: Step, previous: Segmenter | None) -> None:
+    clock, fabric, folder = Clock(), made.fabric, made.folder.step_folder(step.index)
+    model = made.model.to(fabric.device)
+    torch.manual_seed(derive_seed(made.config.seed, "train", step.index, fabric.global_rank))
+    iterations = made.config.train.length(step.index, len(made.train_stems[step.index]))
+    with StepLog(made.folder.path / "logs", step.index, enabled=fabric.is_global_zero) as log:
+        ctx, batches = _context(made, step, previous, iterations, log)
+        made.method.start_step(ctx)
+        trainable = count_parameters(model, trainable=True)
+        with track(f"step {step.index}/{len(made.scenario.steps) - 1}  train", iterations) as advance:
+            loss = fit(fabric, ctx, made.method, batches, made.config.optim, made.config.train, iterations, advance)
+        made.method.end_step(ctx)
+    clock.lap("train")
+    if fabric.is_global_zero:
+        checkpoint.save_weights(folder / "model.safetensors", model)
+        checkpoint.save_state(folder / "method.pt", made.method.state_dict())
+    clock.lap("save")
+    stems = made.evaluation_stems(step)
+    view = EvaluationDataset(made.data, made.config.evaluate.split, stems, made.config.evaluate, model)
+    keep = frozenset(made.sample_stems)
+    with track(f"step {step.index}/{len(made.scenario.steps) - 1}  evaluate", len(stems)) as advance:
+        matrices, samples = evaluate(fabric, model, view, made.scenario, step, made.config.data.workers, advance, keep)
+    clock.lap("evaluate")
+    if fabric.is_global_zero:
+        _save_samples(made, step, samples)
+        numbers = {
+            "images": len(made.train_stems[step.index]),
+            "iterations": iterations,
+            "evaluated_images": len(stems),
+            "parameters": {"total": count_parameters(model), "trainable": trainable},
+            "loss": loss,
+            "seconds": {name: round(value, 3) for name, value in clock.seconds.items()},
+        }
+        made.folder.finish_step(step.index, matrices, numbers)
+        say(f"step {step.index}: {summary_line(made, step, matrices)}, {sum(clock.seconds.values()):.0f} s")
+    fabric.barrier()
+
+
+def _context(made: Experiment, step: Step, previous: Segmenter | None, iterations: int, log: StepLog):
+    """The step's context for the method, and the stream of micro-batches for the trainer."""
+    config, table = made.config, made.scenario.train_table(step)
+    micro = micro_batch(config.train, made.fabric.world_size)
+    seed = derive_seed(config.seed, "data")
+    data = StepDataset(made.data, "train", made.train_stems[step.index], table, made.transform, seed)
+    held = HoldoutDataset(made.data, made.holdout_stems[step.index], table, made.transform)
+    stream = BatchStream(
+        len(data),
+        derive_seed(seed, step.index),
+        micro,
+        iterations * config.train.accumulate,
+        made.fabric.global_rank,
+        made.fabric.world_size,
+    )
+    workers = config.data.workers
+    ctx = StepContext(
+        scenario=made.scenario,
+        step=step,
+        model=made.model,
+        previous=previous,
+        train_loader=make_loader(data, one_pass(len(data), micro), workers),
+        holdout_loader=make_loader(held, _batches(len(held), micro), workers) if len(held) else None,
+        device=made.fabric.device,
+        images=tuple(len(s) for s in made.train_stems[: step.index + 1]),
+        class_images=made.class_images(step),
+        log=log,
+    )
+    return ctx, make_loader(data, stream, workers)
+
+
+def _batches(n: int, size: int) -> list[list[int]]:
+    return [list(range(start, min(start + size, n))) for start in range(0, n, size)]
+
+
+def summary_line(made: Experiment, step: Step, matrices: dict[str, np.ndarray]) -> str:
+    """mIoU of base and all classes so far, under each protocol whose matrix is there."""
+    parts = []
+    for protocol in protocols().values():
+        if protocol.key in matrices:
+            score = protocol.scores(matrices[protocol.key], made.scenario.groups, step.index)
+            shown = ", ".join(f"{k} {100 * v:.2f}" for k in ("base", "all") if (v := score[k]) is not None)
+            parts.append(f"{shown} % ({protocol.id})")
+    return "; ".join(parts)
+
+
+def _save_samples(made: Experiment, step: Step, samples: dict[str, np.ndarray]) -> None:
+    """Predictions of this step, and once the images and their truth, as PNG."""
+    for stem, predicted in samples.items():
+        _save_palette(made.folder.step_folder(step.index) / "samples" / f"{safe_name(stem)}.png", predicted, made)
+        truth = made.folder.path / "samples" / f"{safe_name(stem)}.truth.png"
+        if not truth.exists():
+            split = "train" if made.config.evaluate.split == "holdout" else made.config.evaluate.split
+            image = Image.fromarray(made.data.image(split, stem))
+            with atomic_path(truth.with_name(f"{safe_name(stem)}.image.png")) as path:
+                image.save(path, format="PNG")
+            _save_palette(truth, made.data.label(split, stem), made)
+
+
+def _save_palette(path: Path, ids: np.ndarray, made: Experiment) -> None:
+    colours = np.zeros((256, 3), np.uint8)
+    colours[1 : 1 + made.data.num_classes] = made.data.palette
+    picture = Image.fromarray(ids)
+    picture.putpalette(colours.tobytes())
+    with atomic_path(path) as temporary:
+        picture.save(temporary, format="PNG")

@@ -1,0 +1,285 @@
+"""From run folders to scores, sorted into settings: sets of runs whose numbers may stand in one table.
+
+A run that learned everything in one step is an *oracle*. It has no base and incremental classes of its own, so it is
+scored with the class groups of each setting on the same data, and stands in that setting's tables.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from cssbench import protocol as protocols
+from cssbench.errors import RunError
+from cssbench.metrics import continual
+from cssbench.protocol import Protocol
+from cssbench.results import RunFolder, StepRecord
+
+Scores = dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """All that two runs must share for one table. `data` names files and evaluated images by their fingerprints."""
+
+    dataset: str
+    scenario: str
+    mode: str
+    void: str
+    split: str
+    data: str
+    groups: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, run: RunFolder) -> Setting:
+        scene = run.scenario
+        found = run.provenance.get("data")
+        found = found if isinstance(found, dict) else {}
+        data = json.dumps([found.get("identity"), found.get("evaluated_sha256")], sort_keys=True)
+        return cls(
+            str(scene["dataset"]),
+            str(scene["name"]),
+            str(scene["mode"]),
+            str(scene.get("void", "background")),
+            run.config.evaluate.split,
+            data,
+            tuple(tuple(group) for group in run.groups),
+        )
+
+    @property
+    def digest(self) -> str:
+        """Eight hex digits: equal for equal settings."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:8]
+
+    @property
+    def title(self) -> str:
+        return f"{self.scenario}, {self.mode}"
+
+    @property
+    def facts(self) -> str:
+        """Everything else that tells two settings apart, in words."""
+        order = [c for group in self.groups for c in group]
+        digest = hashlib.sha256(repr(order).encode()).hexdigest()[:8]
+        parts = [
+            f"Dataset {self.dataset}",
+            describe_sizes([len(group) for group in self.groups]),
+            "native class order" if order == sorted(order) else f"class order {digest}",
+            f"unlabelled pixels trained as {self.void}" if self.void == "background" else "unlabelled pixels ignored",
+            f"evaluated on {self.split}",
+        ]
+        return "; ".join(parts)
+
+    def same_data(self, other: Setting) -> bool:
+        """Whether both learn the same classes from the same files and are evaluated on the same images."""
+        mine, its = ({c for group in s.groups for c in group} for s in (self, other))
+        return (self.dataset, self.split, self.data, mine) == (other.dataset, other.split, other.data, its)
+
+
+def describe_sizes(sizes: Sequence[int]) -> str:
+    """[100, 10, 10] -> '100 base classes, then 2 steps of 10'."""
+    base, later = f"{sizes[0]} base classes", list(sizes[1:])
+    if not later:
+        return f"{sizes[0]} classes in one step"
+    if len(set(later)) == 1:
+        return f"{base}, then {len(later)} step{'s' * (len(later) > 1)} of {later[0]}"
+    return f"{base}, then steps of {', '.join(map(str, later))}"
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One run under one protocol in one setting.
+
+    scores: `Protocol.scores` after each finished step (an oracle: once, after all classes). ious: class id -> IoU after
+    the last finished step. alone[g]: see `continual.lost_parts`. All in [0, 1].
+    """
+
+    setting: Setting
+    protocol: Protocol
+    run: RunFolder
+    label: str
+    scores: tuple[Scores, ...]
+    ious: dict[int, float]
+    alone: tuple[float | None, ...]
+
+    @property
+    def oracle(self) -> bool:
+        return self.run.num_steps == 1
+
+    @property
+    def done(self) -> int:
+        """Number of finished steps."""
+        return len(self.scores)
+
+    @property
+    def finished(self) -> bool:
+        return self.done == self.run.num_steps
+
+    @property
+    def shown_as(self) -> str:
+        """The label with what a reader must know beside every number."""
+        if self.oracle:
+            return f"{self.label} (oracle)"
+        return self.label if self.finished else f"{self.label} ({self.done} of {self.run.num_steps} steps)"
+
+    @cached_property
+    def table(self) -> list[list[float | None]]:
+        """table[t][g], see `continual`. Only for runs that are no oracle."""
+        return continual.group_table(self.scores)
+
+    @property
+    def classes(self) -> dict[int, str]:
+        """Class id -> name, background included."""
+        names = self.run.scenario.get("classes") or []
+        count = max(c for group in self.setting.groups for c in group)
+        known = {c: str(names[c - 1]) if c <= len(names) else f"class {c}" for c in range(1, count + 1)}
+        return {0: "background"} | known
+
+
+def caveats(run: RunFolder) -> list[str]:
+    """Why the numbers of a run must not stand beside published ones; empty where nothing is known against it."""
+    data, scale = run.provenance.get("data"), str(run.provenance.get("scale") or "full")
+    data = data if isinstance(data, dict) else {}
+    found = []
+    if data.get("generated") or "synthetic" in (data.get("name"), run.scenario["dataset"]):
+        found.append("generated data")
+    if scale != "full":
+        found.append(scale.replace("small", "small budget", 1) if scale.startswith("small") else scale)
+    if run.config.evaluate.limit is not None:
+        found.append(f"evaluated on the first {run.config.evaluate.limit} images only")
+    note = str(run.provenance.get("note") or run.config.note)
+    return found + ([note] if note else [])
+
+
+def unique(runs: Iterable[RunFolder]) -> list[RunFolder]:
+    """Each folder once. Raises RunError when there is none, or one has no finished step."""
+    found = list({run.path.resolve(): run for run in runs}.values())
+    if not found:
+        raise RunError("There is no run to report. Name at least one run folder.")
+    for run in found:
+        if not run.records():
+            raise RunError(
+                f"{run.path} has no finished step, so there is nothing to report. "
+                f"`cssbench resume {run.path}` goes on with it."
+            )
+    return found
+
+
+def labels(runs: Sequence[RunFolder]) -> dict[Path, str]:
+    """Path -> the shortest end of it that no other run shares."""
+    paths = {run.path: run.path.resolve() for run in runs}
+
+    def end(path: Path, length: int) -> str:
+        return "/".join(path.parts[-length:])
+
+    found = {}
+    for path, full in paths.items():
+        others = [p for p in paths.values() if p != full]
+        length = 1
+        while any(end(full, length) == end(other, length) for other in others):
+            length += 1
+        found[path] = end(full, length)
+    return found
+
+
+def score(runs: Iterable[RunFolder], protocol: Protocol) -> list[Scored]:
+    """Every run under `protocol`, setting by setting, oracles last. An oracle stands in every setting that it serves.
+
+    Runs that kept no matrix for the protocol's geometry and rule are left out: compare the labels.
+    Raises RunError when a run has no finished step or a damaged file.
+    """
+    runs = unique(runs)
+    names = labels(runs)
+    found = []
+    for setting, members in _members(runs).items():
+        for run in members:
+            scored = _score_one(setting, protocol, run, names[run.path])
+            found += [scored] if scored else []
+    return found
+
+
+def score_all(runs: Iterable[RunFolder], protocol_ids: Sequence[str]) -> dict[str, list[Scored]]:
+    """Protocol id -> `score`. Raises RunError when no run can be scored under any of the protocols."""
+    runs = unique(runs)
+    found = {name: score(runs, protocols.get(name)) for name in protocol_ids}
+    if not any(found.values()):
+        wanted = ", ".join(f"{name} reads {protocols.get(name).key}" for name in protocol_ids) or "no protocol given"
+        raise RunError(
+            f"None of the runs kept the matrices that the protocols need ({wanted}). "
+            f"Name another protocol, or evaluate with another `evaluate.geometries`."
+        )
+    return found
+
+
+def by_setting(scored: Iterable[Scored]) -> dict[Setting, list[Scored]]:
+    """Sorted apart, in order of appearance."""
+    found: dict[Setting, list[Scored]] = {}
+    for one in scored:
+        found.setdefault(one.setting, []).append(one)
+    return found
+
+
+def own_oracle(one: Scored, among: Iterable[Scored]) -> Scored | None:
+    """The oracle of the same model and data; of several, one of the same method and seed is preferred."""
+    if one.oracle or not one.finished:
+        return None
+    mine = one.run.config
+    fitting = [o for o in among if o.oracle and o.setting == one.setting and o.run.config.model == mine.model]
+
+    def likeness(oracle: Scored) -> tuple[bool, bool]:
+        return oracle.run.config.method == mine.method, oracle.run.config.seed == mine.seed
+
+    return max(fitting, key=likeness, default=None)
+
+
+def _members(runs: Sequence[RunFolder]) -> dict[Setting, list[RunFolder]]:
+    found: dict[Setting, list[RunFolder]] = {}
+    for run in runs:
+        if run.num_steps > 1:
+            found.setdefault(Setting.of(run), []).append(run)
+    several = list(found)
+    for run in runs:
+        if run.num_steps == 1:
+            own = Setting.of(run)
+            served = [setting for setting in several if setting.same_data(own)]
+            for setting in served or [own]:
+                found.setdefault(setting, []).append(run)
+    return found
+
+
+def _score_one(setting: Setting, protocol: Protocol, run: RunFolder, label: str) -> Scored | None:
+    records = run.records()
+    for record in records:
+        run.verify(record, "matrices.npz")
+    if any(protocol.key not in record.matrices for record in records):
+        return None
+    # An oracle has seen every class after its only step.
+    steps: list[int] = [len(setting.groups) - 1] if run.num_steps == 1 else [record.index for record in records]
+    key, groups, last = protocol.key, setting.groups, records[-1].matrices
+    scores = [protocol.scores(r.matrices[key], groups, t) for r, t in zip(records, steps, strict=True)]
+    seen = [c for group in groups[: steps[-1] + 1] for c in group]
+    alone = [_alone(protocol, last, groups, g) for g in range(steps[-1])]
+    return Scored(setting, protocol, run, label, tuple(scores), protocol.ious(last[key], seen), tuple(alone))
+
+
+def _alone(protocol: Protocol, matrices: dict[str, Any], groups: Sequence[Sequence[int]], group: int) -> float | None:
+    """mIoU of a group from the outputs of steps 0..group alone, scored as at that step (see `continual.lost_parts`)."""
+    matrix = matrices.get(f"{protocol.key}.upto{group}")
+    return None if matrix is None else protocol.scores(matrix, groups, len(groups) - 1)[f"group{group}"]
+
+
+def sample_files(run: RunFolder, records: Sequence[StepRecord]) -> dict[str, tuple[Path, Path, dict[int, Path]]]:
+    """Stem -> (image, truth, {step: prediction}) of the sample images of a run that are there."""
+    found = {}
+    predictions = {record.index: record.samples() for record in records}
+    for truth in sorted((run.path / "samples").glob("*.truth.png")):
+        stem = truth.name.removesuffix(".truth.png")
+        image = truth.with_name(f"{stem}.image.png")
+        steps = {index: there[stem] for index, there in predictions.items() if stem in there}
+        if image.is_file() and steps:
+            found[stem] = (image, truth, steps)
+    return found

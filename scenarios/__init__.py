@@ -1,0 +1,1 @@
+"""Scenarios as data: one TOML each, the file name is the id."""
