@@ -269,7 +269,7 @@ def _score_one(setting: Setting, protocol: Protocol, run: RunFolder, label: str)
 def _alone(protocol: Protocol, matrices: dict[str, Any], groups: Sequence[Sequence[int]], group: int) -> float | None:
     """mIoU of a group from the outputs of steps 0..group alone, scored as at that step (see `continual.lost_parts`)."""
     matrix = matrices.get(f"{protocol.key}.upto{group}")
-    return None if matrix is None else protocol.scores(matrix, groups, len(groups) - 1)[f"group{group}"]
+    return None if matrix is None else protocol.scores(matrix, groups, group)[f"group{group}"]
 
 
 def sample_files(run: RunFolder, records: Sequence[StepRecord]) -> dict[str, tuple[Path, Path, dict[int, Path]]]:
