@@ -52,7 +52,9 @@ class SegViTCL(Method):
             ctx.model.freeze_old(skip_in_training=True)
 
     def loss(self, ctx: StepContext, batch: Batch) -> dict[str, Tensor]:
-        return ctx.model.loss(batch.output, batch.labels)
+        if ctx.step.index == 0 or self.config.absent_weight is None:
+            return ctx.model.loss(batch.output, batch.labels)
+        return ctx.model.loss(batch.output, batch.labels, absent_weight=self.config.absent_weight)
 
     @torch.no_grad()
     def end_step(self, ctx: StepContext) -> None:

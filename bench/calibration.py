@@ -4,7 +4,7 @@
     python bench/calibration.py RUN [RUN ...] --csv bench/results/calibration.csv
 
 The run must be finished and have `method.calibration = "none"`: training does not depend on the calibration, so each
-choice is applied to the stored weights and the held-out images are evaluated again. Nothing of the reported set is used.
+choice is applied to the stored weights and the held-out images are evaluated again. The reported set is not touched.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def measure(folder: Path) -> list[dict[str, object]]:
     for choice in ("none", "prior", "temperature", "prior+temperature"):
         with torch.no_grad():
             calibrate(made, choice, ctxs)
-        matrices, _ = evaluate(made.fabric, made.model, data, made.scenario, last)
+        matrices, _ = evaluate(made.fabric, made.model, data, made.scenario, last, alone=[frozenset(data.stems)])
         scores = PROTOCOL.scores(matrices[PROTOCOL.key], made.scenario.groups, last.index)
         alone = PROTOCOL.ious(matrices[f"{PROTOCOL.key}.upto0"], made.scenario.groups[0])
         row = {name: round(100 * (scores[name] or 0), 2) for name in ("base", "incremental", "all")}

@@ -21,7 +21,8 @@ from cssbench.results import write_bytes
 
 def save_weights(path: Path, model: nn.Module) -> None:
     """All parameters and buffers. Raises RunError when the file cannot be written."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    # Cloned, because safetensors refuses tensors that share memory, as tied weights do.
+    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
     write_bytes(path, safetensors.torch.save(tensors))
 
 
@@ -46,24 +47,49 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
 
     Raises RunError when it holds anything else (it could not be read back safely).
     """
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    try:
-        torch.load(buffer, weights_only=True)
-    except pickle.UnpicklingError as error:
+    content = _as_data(state)
+    if content is None:
         raise RunError(
-            f"The state of the method holds something else than tensors, numbers, strings, lists and dicts: "
-            f"{str(error).splitlines()[0]} Return only those from state_dict()."
-        ) from None
-    write_bytes(path, buffer.getvalue())
+            f"The state of the method may hold tensors, numbers, strings, lists and dicts, but {_culprit(state)}. "
+            f"Return only those from state_dict()."
+        )
+    write_bytes(path, content)
+
+
+def _as_data(value: Any) -> bytes | None:
+    """`value` as torch saves it; None where that could not be read back as data."""
+    buffer = io.BytesIO()
+    try:
+        torch.save(value, buffer)
+        buffer.seek(0)
+        torch.load(buffer, weights_only=True)
+    except (pickle.PickleError, AttributeError, TypeError):
+        return None
+    return buffer.getvalue()
+
+
+def _culprit(value: Any, where: str = "state") -> str:
+    """Which part of `value` is no data, in words."""
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for key, part in parts:
+        if _as_data(part) is None:
+            return _culprit(part, f"{where}[{key!r}]")
+    return f"{where} is of type {type(value).__name__}"
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """Raises RunError when the file is missing or damaged."""
+    """Raises RunError when the file is missing or damaged, or holds anything else than a dict of data."""
     try:
-        return torch.load(path, weights_only=True, map_location="cpu")
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError:  # torch's own message tells how to run what the file holds
+        raise RunError(
+            f"The method state {path} is damaged, or holds something else than tensors, numbers, strings, lists and "
+            f"dicts; nothing in it was run. Remove its step to train it again."
+        ) from None
+    except Exception as error:  # damaged bytes raise UnicodeDecodeError, KeyError, IndexError and more
         raise RunError(
             f"The method state {path} cannot be read ({error}). Remove its step to train it again."
         ) from None
+    if not isinstance(state, dict):
+        raise RunError(f"The method state {path} holds a {type(state).__name__}, not a dict. Remove its step.")
+    return state

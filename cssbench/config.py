@@ -1,7 +1,8 @@
 """Recipes: what a run does, as validated data. Unknown keys are refused, and the whole is written back resolved.
 
 A recipe is a TOML file with the sections below. `method` and `model` carry, beside `name`, the options of the part
-named; those are checked by the part's own `Config` when the run starts.
+named; those are checked by the part's own `Config` when the run starts. TOML has no null: "none" stands for None
+where a setting may be None.
 """
 
 from __future__ import annotations
@@ -9,13 +10,16 @@ from __future__ import annotations
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from cssbench import registry
 from cssbench.errors import ConfigError, UnknownNameError
+
+NONE = "none"
+Epochs = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Section(BaseModel):
@@ -25,6 +29,15 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_none(cls, content: Any) -> Any:
+        if not isinstance(content, dict):
+            return content
+        fields = cls.model_fields
+        optional = {name for name in content if name in fields and type(None) in get_args(fields[name].annotation)}
+        return {name: None if value == NONE and name in optional else value for name, value in content.items()}
 
 
 class PartChoice(BaseModel):
@@ -98,8 +111,12 @@ class TrainConfig(Section):
 
     batch_size: PositiveInt = Field(16, description="images per optimiser step, over all devices")
     accumulate: PositiveInt = Field(1, description="forward passes per optimiser step and device")
-    iterations: PositiveInt | list[PositiveInt] | None = Field(None, description="per step; the last one repeats")
-    epochs: float | list[float] | None = Field(None, description="instead of iterations; the last one repeats")
+    iterations: PositiveInt | Annotated[list[PositiveInt], Field(min_length=1)] | None = Field(
+        None, description="per step; the last one repeats"
+    )
+    epochs: Epochs | Annotated[list[Epochs], Field(min_length=1)] | None = Field(
+        None, description="instead of iterations; the last one repeats"
+    )
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     devices: PositiveInt = 1
@@ -139,6 +156,19 @@ class EvaluateConfig(Section):
     samples: int = Field(8, ge=0, description="validation images whose predictions are kept for the report")
     limit: PositiveInt | None = Field(None, description="only so many images: for debugging, never for a table")
 
+    @field_validator("geometries")
+    @classmethod
+    def _once(cls, names: list[str]) -> list[str]:
+        if len(set(names)) < len(names):
+            raise ValueError("list each geometry once")
+        return names
+
+    @model_validator(mode="after")
+    def _no_gaps(self) -> EvaluateConfig:
+        if self.inference == "slide" and self.stride > self.window:
+            raise ValueError(f"evaluate.stride {self.stride} above evaluate.window {self.window} leaves pixels unseen")
+        return self
+
 
 class RunConfig(Section):
     """A whole recipe."""
@@ -155,17 +185,31 @@ class RunConfig(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
 
     def dump(self) -> dict[str, Any]:
-        """As plain data without None, ready for TOML; `validate` of it gives an equal configuration."""
-        return _without_none(self.model_dump(mode="json"))
+        """As plain data, ready for TOML; `validate` of it gives an equal configuration."""
+        return plain(self)
 
     def to_toml(self) -> str:
         return tomli_w.dumps(self.dump())
 
 
-def _without_none(value: Any) -> Any:
+def plain(section: BaseModel) -> dict[str, Any]:
+    """The settings as TOML can hold them: a None is left out where it is the default, and is "none" elsewhere."""
+    dumped, content = section.model_dump(mode="json"), {}
+    for name, value in section:
+        field = type(section).model_fields.get(name)
+        if isinstance(value, BaseModel):
+            content[name] = plain(value)
+        elif value is not None or field is None or field.get_default(call_default_factory=True) is not None:
+            content[name] = _spelled(dumped[name])
+    return content
+
+
+def _spelled(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: _without_none(v) for k, v in value.items() if v is not None}
-    return value
+        return {key: _spelled(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_spelled(item) for item in value]
+    return NONE if value is None else value
 
 
 def validate(content: dict[str, Any], source: str) -> RunConfig:
@@ -173,7 +217,7 @@ def validate(content: dict[str, Any], source: str) -> RunConfig:
     try:
         return RunConfig.model_validate(content)
     except ValidationError as error:
-        raise ConfigError(explain_validation(source, error)) from None
+        raise ConfigError(explain_validation(source, error, RunConfig)) from None
 
 
 def part_config(kind: str, choice: PartChoice, config: type[Section]) -> Section:
@@ -181,7 +225,7 @@ def part_config(kind: str, choice: PartChoice, config: type[Section]) -> Section
     try:
         return config.model_validate(choice.options)
     except ValidationError as error:
-        raise ConfigError(explain_validation(f"The options of {kind} {choice.name!r}", error)) from None
+        raise ConfigError(explain_validation(f"The options of {kind} {choice.name!r}", error, config)) from None
 
 
 def read_recipe(name: str) -> dict[str, Any]:
@@ -219,13 +263,13 @@ def override(content: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
     return content
 
 
-def explain_validation(source: str, error: ValidationError) -> str:
-    """A pydantic error as one paragraph: which key, what it held, what is allowed, the nearest key."""
+def explain_validation(source: str, error: ValidationError, model: type[BaseModel] | None = None) -> str:
+    """A pydantic error as one paragraph: which key, what it held, what is allowed, the nearest key (of `model`)."""
     complaints = []
     for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"]) or "the whole"
+        where = _where(model, item["loc"]) or "the whole"
         if item["type"] == "extra_forbidden":
-            complaints.append(f"unknown key {where!r}{_near_key(error, item)}")
+            complaints.append(f"unknown key {where!r}{_hint(model, item['loc']) if model else ''}")
         elif item["type"] == "missing":
             complaints.append(f"{where!r} is missing")
         else:
@@ -234,29 +278,45 @@ def explain_validation(source: str, error: ValidationError) -> str:
     return f"{source} is not valid: " + "; ".join(dict.fromkeys(complaints)) + "."
 
 
-def _near_key(error: ValidationError, item: Any) -> str:
-    known = _known_keys(error.title)
-    near = difflib.get_close_matches(str(item["loc"][-1]), known, n=2, cutoff=0.5)
-    return (
-        f" (did you mean {' or '.join(map(repr, near))}?)"
-        if near
-        else f" (known: {', '.join(sorted(known))})" * bool(known)
-    )
+def _where(model: type[BaseModel] | None, loc: tuple[int | str, ...]) -> str:
+    """`loc` as a dotted key, without the names of types that pydantic adds below a setting of several types."""
+    section, parts = model, []
+    for part in loc:
+        if section or not model or isinstance(part, int):
+            parts.append(str(part))
+        if section and isinstance(part, str):
+            section = _sections(section).get(part)
+    return ".".join(parts)
 
 
-def _known_keys(title: str) -> set[str]:
-    """Field names of the model called `title` and of its sections."""
-    known: set[str] = set()
-    todo: list[type[BaseModel]] = [m for m in _subclasses(BaseModel) if m.__name__ == title]
-    while todo:
-        model = todo.pop()
-        for name, field in model.model_fields.items():
-            known.add(name)
-            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-                todo.append(field.annotation)
-    return known
+def _hint(model: type[BaseModel], loc: tuple[int | str, ...]) -> str:
+    """What to write instead of the unknown key at `loc`: a near one of its section, or of another, or all there are."""
+    section: type[BaseModel] | None = model
+    for part in loc[:-1]:
+        if section and isinstance(part, str):
+            section = _sections(section).get(part)
+    name, known = str(loc[-1]), list(section.model_fields) if section else []
+    near = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
+    if not near:
+        paths = _paths(model)
+        names = difflib.get_close_matches(name, {path.split(".")[-1] for path in paths}, n=2, cutoff=0.8)
+        near = [path for path in paths if path.split(".")[-1] in names]
+    if near:
+        return f" (did you mean {' or '.join(map(repr, near))}?)"
+    return f" (known: {', '.join(sorted(known)) or 'none'})"
 
 
-def _subclasses(cls: type) -> set[type]:
-    children: list[type] = cls.__subclasses__()
-    return set(children).union(*map(_subclasses, children))
+def _sections(model: type[BaseModel]) -> dict[str, type[BaseModel]]:
+    """Fields of `model` that are sections themselves."""
+    found = {}
+    for name, field in model.model_fields.items():
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                found[name] = kind
+    return found
+
+
+def _paths(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Dotted keys of all settings of `model` and of its sections."""
+    below = [path for name, child in _sections(model).items() for path in _paths(child, f"{prefix}{name}.")]
+    return [f"{prefix}{name}" for name in model.model_fields] + below

@@ -8,7 +8,7 @@ One image at a time, so that a result depends neither on the batch size nor on t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,7 +84,7 @@ def slide_scores(model: Segmenter, image: Tensor, window: int, stride: int) -> T
     for top in window_starts(image.shape[-2], window, stride):
         for left in window_starts(image.shape[-1], window, stride):
             area = (slice(top, top + window), slice(left, left + window))
-            scores = whole_scores(model, image[(slice(None), *area)])
+            scores = whole_scores(model, image[(slice(None), *area)]).float()  # half precision would add up badly
             if total is None:
                 total = scores.new_zeros(len(scores), *image.shape[-2:])
             total[(slice(None), *area)] += scores
@@ -126,32 +126,40 @@ def evaluate(
     workers: int = 0,
     on_image: Callable[[], None] = lambda: None,
     keep: frozenset[str] = frozenset(),
+    alone: Sequence[frozenset[str]] = (),
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """(matrices, samples): int64 (K+1, K+1) arrays as `results.StepRecord.matrices` names them, and the predicted class
     ids (h, w) of the images in `keep` (`full` geometry if it is evaluated, rule `foreground`).
 
-    With several processes each takes every world-th image, and the counts are added up exactly.
+    alone[t]: the images evaluated at the earlier step t; over these, matrices `upto<t>` count what the outputs of steps
+    0..t alone would predict. With several processes each takes every world-th image and has the samples of its own;
+    the counts are added up exactly.
     """
     was_training = model.training
     model.eval()
     predictor = Predictor(model, scenario, data.config.background_threshold)
-    last = step.index == len(scenario.steps) - 1
-    totals: dict[str, Tensor] = {}
+    side = data.source.num_classes + 1
+    totals = {
+        f"{geometry}.{rule}{part}": torch.zeros(side, side, dtype=torch.int64, device=fabric.device)
+        for geometry in data.config.geometries
+        for part in ("", *(f".upto{t}" for t in range(len(alone))))
+        for rule in ("all", "foreground")
+    }
+    sampled = "full" if "full" in data.config.geometries else data.config.geometries[0]
     samples: dict[str, np.ndarray] = {}
     for stem, views in _share(fabric, data, workers):
         for view, scores in _scored(fabric, model, views, data.config):
             truth = view.label.to(scores.device)
-            for key, predicted in _predictions(predictor, scores, step.index, last):
-                key = f"{view.geometry}.{key}"
-                counts = confusion(truth, predicted, data.source.num_classes)
-                totals[key] = totals[key] + counts if key in totals else counts
-                if stem in keep and key == f"{data.config.geometries[0]}.foreground":
-                    samples[stem] = predicted.cpu().numpy().astype(np.uint8)
+            parts = {"": step.index} | {f".upto{t}": t for t, stems in enumerate(alone) if stem in stems}
+            for part, upto in parts.items():
+                for rule, predicted in predictor(scores, upto).items():
+                    totals[f"{view.geometry}.{rule}{part}"] += confusion(truth, predicted, data.source.num_classes)
+                    if stem in keep and (view.geometry, rule, part) == (sampled, "foreground", ""):
+                        samples[stem] = predicted.cpu().numpy().astype(np.uint8)
         on_image()
     model.train(was_training)
-    return {
-        key: fabric.all_reduce(total, reduce_op="sum").cpu().numpy() for key, total in sorted(totals.items())
-    }, samples
+    summed = {key: fabric.all_reduce(total, reduce_op="sum").cpu().numpy() for key, total in totals.items()}
+    return summed, samples
 
 
 def _share(fabric: Any, data: EvaluationDataset, workers: int) -> Iterator[tuple[str, list[View]]]:
@@ -162,26 +170,19 @@ def _share(fabric: Any, data: EvaluationDataset, workers: int) -> Iterator[tuple
 
 
 def _scored(fabric: Any, model: Segmenter, views: list[View], config: EvaluateConfig) -> Iterator[tuple[View, Tensor]]:
-    """Each view with scores (C, h, w) at its label's size. Equal inputs are run once."""
-    done: list[tuple[Tensor, Tensor]] = []
+    """Each view with scores (C, h, w) at its label's size. Equal inputs are run once (per kind of inference)."""
+    done: list[tuple[bool, Tensor, Tensor]] = []
     for view in views:
-        scores = next((s for image, s in done if torch.equal(image, view.image)), None)
+        slide = view.geometry == "full" and config.inference == "slide"
+        scores = next((s for kind, image, s in done if kind == slide and torch.equal(image, view.image)), None)
         if scores is None:
             image = view.image.to(fabric.device)
             with fabric.autocast():
-                if view.geometry == "full" and config.inference == "slide":
-                    scores = slide_scores(model, image, config.window, config.stride).float()
+                if slide:
+                    scores = slide_scores(model, image, config.window, config.stride)
                 else:
                     scores = whole_scores(model, image).float()
-            done.append((view.image, scores))
+            done.append((slide, view.image, scores))
         if scores.shape[-2:] != view.label.shape:
             scores = F.interpolate(scores[None], size=view.label.shape, mode="bilinear", align_corners=False)[0]
         yield view, scores
-
-
-def _predictions(predictor: Predictor, scores: Tensor, step: int, last: bool) -> Iterator[tuple[str, Tensor]]:
-    yield from predictor(scores, step).items()
-    if last:
-        for earlier in range(step):
-            for rule, predicted in predictor(scores, earlier).items():
-                yield f"{rule}.upto{earlier}", predicted

@@ -13,7 +13,7 @@ import torch
 from lightning.fabric import Fabric
 
 from cssbench import provenance, registry, scenario
-from cssbench.config import RunConfig, part_config
+from cssbench.config import RunConfig, part_config, plain
 from cssbench.data.base import SegDataset
 from cssbench.data.presence import PresenceIndex, build
 from cssbench.data.registry import make_dataset
@@ -198,7 +198,7 @@ def resolve(config: RunConfig) -> RunConfig:
     for kind in ("method", "model"):
         choice = getattr(config, kind)
         cls = registry.load(f"{kind}s", choice.name)
-        options = part_config(kind, choice, cls.Config).model_dump(mode="json")
+        options = plain(part_config(kind, choice, cls.Config))
         changes[kind] = type(choice)(name=choice.name, **options)
     return config.model_copy(update=changes)
 

@@ -17,7 +17,7 @@ class StepLog:
     """
 
     def __init__(self, folder: Path, step: int, enabled: bool = True):
-        self.step, self.iteration, self.enabled = step, 0, enabled
+        self.step, self.enabled = step, enabled
         if enabled:
             events = folder / "tensorboard" / f"step-{step:02d}"
             shutil.rmtree(events, ignore_errors=True)
@@ -27,10 +27,10 @@ class StepLog:
             self.rows.writerow(["step", "iteration", "name", "value"])
             self.events = SummaryWriter(str(events))
 
-    def __call__(self, name: str, value: float) -> None:
+    def __call__(self, name: str, value: float, iteration: int) -> None:
         if self.enabled:
-            self.rows.writerow([self.step, self.iteration, name, repr(float(value))])
-            self.events.add_scalar(name, value, self.iteration)
+            self.rows.writerow([self.step, iteration, name, repr(float(value))])
+            self.events.add_scalar(name, value, iteration)
 
     def __enter__(self) -> StepLog:
         return self

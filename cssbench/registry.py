@@ -68,11 +68,17 @@ def load(group: str, name: str) -> Any:
 def toml_files(group: str) -> dict[str, tuple[str, importlib.resources.abc.Traversable]]:
     """TOML files shipped by the packages of `group` (scenarios, recipes): file stem -> (distribution, file).
 
-    Raises PluginError when two packages ship the same stem, or a package cannot be imported.
+    Raises PluginError when two packages ship the same stem, or a package cannot be imported or is none.
     """
     files: dict[str, tuple[str, Any]] = {}
     for part in parts(group).values():
-        for file in importlib.resources.files(part.load()).iterdir():
+        package = part.load()
+        if not hasattr(package, "__path__"):
+            raise PluginError(
+                f"The {part.kind} entry point {part.name!r} of the distribution {part.distribution!r} must name a "
+                f"package that holds TOML files, not {part.entry_point.value!r}."
+            )
+        for file in importlib.resources.files(package).iterdir():
             if not file.name.endswith(".toml"):
                 continue
             stem = file.name.removesuffix(".toml")
@@ -86,8 +92,15 @@ def toml_files(group: str) -> dict[str, tuple[str, importlib.resources.abc.Trave
 
 
 def read_toml(group: str, name: str) -> dict[str, Any]:
-    """The content of the TOML file `name` (a stem) of `group`. Raises UnknownNameError."""
+    """The content of the TOML file `name` (a stem) of `group`. Raises UnknownNameError or PluginError."""
     files = toml_files(group)
     if name not in files:
         raise UnknownNameError(group.removesuffix("s"), name, files)
-    return tomllib.loads(files[name][1].read_text(encoding="utf-8"))
+    distribution, file = files[name]
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise PluginError(
+            f"The {group.removesuffix('s')} {name!r} of the distribution {distribution!r} is not valid TOML: {error}. "
+            f"Mend that file, or uninstall it with `pip uninstall {distribution}`."
+        ) from None

@@ -11,7 +11,7 @@
         samples/*.png       predictions for the sample images, palette PNG of class ids
         record.json         numbers, and the SHA-256 of the files beside it; written last: a step with it is finished
       samples/              the sample images (<stem>.image.png) and their truth (<stem>.truth.png)
-      logs/train.csv        step, iteration, name, value: every logged loss term
+      logs/train-00.csv     step, iteration, name, value: every logged loss term, one file per step
       logs/tensorboard/
 
 Names read back from these files never become paths unchecked: `safe_name` refuses separators and dots.
@@ -47,6 +47,14 @@ def safe_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*", name) or ".." in name:
         raise RunError(f"{name!r} cannot be used as a file name (letters, digits, '_', '-' and inner dots only).")
     return name
+
+
+def image_name(stem: str) -> str:
+    """The file name for the image `stem`: itself where that is safe, else its letters and part of its SHA-256."""
+    try:
+        return safe_name(stem)
+    except RunError:
+        return f"{re.sub('[^A-Za-z0-9]+', '_', stem)[:80]}-{hashlib.sha256(stem.encode()).hexdigest()[:8]}"
 
 
 @contextmanager
@@ -155,13 +163,13 @@ class RunFolder:
             raise RunError(f"{path} is not a run folder: it has no config.toml. `cssbench run` makes one.") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise RunError(f"{path / 'config.toml'} is damaged ({error}).") from None
-        config = validate(content, str(path / "config.toml"))
         provenance, scenario = read_json(path / "provenance.json"), read_json(path / "scenario.json")
+        # The schema first: a folder of another version may hold other keys, and is not damaged for that.
+        if isinstance(provenance, dict) and provenance.get("schema") != SCHEMA:
+            raise RunError(f"{path} has schema {provenance.get('schema')}; this cssbench reads schema {SCHEMA}.")
         if not isinstance(provenance, dict) or not _is_scenario(scenario):
             raise RunError(f"{path} is damaged: provenance.json or scenario.json lacks what `cssbench run` writes.")
-        if provenance.get("schema") != SCHEMA:
-            raise RunError(f"{path} has schema {provenance.get('schema')}; this cssbench reads schema {SCHEMA}.")
-        return cls(path, config, scenario, provenance)
+        return cls(path, validate(content, str(path / "config.toml")), scenario, provenance)
 
     @property
     def name(self) -> str:
@@ -171,6 +179,8 @@ class RunFolder:
         """Write config, provenance and scenario. Raises RunError when the folder already holds a run."""
         if (self.path / "config.toml").exists():
             raise RunError(f"{self.path} already holds a run. `cssbench resume {self.path}` goes on with it.")
+        if (self.path / "steps").exists():
+            raise RunError(f"{self.path} holds steps of a run that has lost its config.toml. Choose another folder.")
         write_json(self.path / "provenance.json", self.provenance | {"schema": SCHEMA})
         write_json(self.path / "scenario.json", self.scenario)
         write_bytes(self.path / "config.toml", self.config.to_toml().encode())
@@ -182,8 +192,10 @@ class RunFolder:
         """Write matrices, then the record with the checksums of every file of the step: the step is finished."""
         folder = self.step_folder(index)
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, allow_pickle=False, **matrices)
+        np.savez_compressed(buffer, **matrices)  # type: ignore[arg-type]
         write_bytes(folder / "matrices.npz", buffer.getvalue())
+        for rest in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
+            rest.unlink(missing_ok=True)
         sums = {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.is_file() and p.name != "record.json"}
         write_json(folder / "record.json", {"schema": SCHEMA, "step": index, "sha256": sums, **numbers})
 

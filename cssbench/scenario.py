@@ -190,7 +190,7 @@ def from_dict(name: str, content: dict[str, Any]) -> Scenario:
     try:
         spec = ScenarioSpec.model_validate(content)
     except ValidationError as error:
-        raise ScenarioError(explain_validation(f"Scenario {name!r}", error)) from None
+        raise ScenarioError(explain_validation(f"Scenario {name!r}", error, ScenarioSpec)) from None
     order = _class_order(name, spec)
     sizes = [spec.base, *_increments(name, spec)]
     starts = np.cumsum([0, *sizes])

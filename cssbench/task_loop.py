@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from cssbench.method import StepContext
 from cssbench.models.segmenter import Segmenter, count_parameters, freeze_copy
 from cssbench.progress import say, track
 from cssbench.protocol import protocols
-from cssbench.results import atomic_path, safe_name
+from cssbench.results import atomic_path, image_name
 from cssbench.scenario import Step
 from cssbench.trainer import fit, micro_batch
 
@@ -62,41 +63,68 @@ def _restore(made: Experiment, step: Step) -> None:
 
 
 def _run_step(made: Experiment, step: Step, previous: Segmenter | None) -> None:
-    clock, fabric, folder = Clock(), made.fabric, made.folder.step_folder(step.index)
-    model = made.model.to(fabric.device)
-    torch.manual_seed(derive_seed(made.config.seed, "train", step.index, fabric.global_rank))
-    iterations = made.config.train.length(step.index, len(made.train_stems[step.index]))
-    with StepLog(made.folder.path / "logs", step.index, enabled=fabric.is_global_zero) as log:
-        ctx, batches = _context(made, step, previous, iterations, log)
-        made.method.start_step(ctx)
-        trainable = count_parameters(model, trainable=True)
-        with track(f"step {step.index}/{len(made.scenario.steps) - 1}  train", iterations) as advance:
-            loss = fit(fabric, ctx, made.method, batches, made.config.optim, made.config.train, iterations, advance)
-        made.method.end_step(ctx)
+    """Train, save, evaluate, and write the record that makes the step finished."""
+    clock, fabric = Clock(), made.fabric
+    numbers = _train(made, step, previous)
     clock.lap("train")
     if fabric.is_global_zero:
-        checkpoint.save_weights(folder / "model.safetensors", model)
+        folder = made.folder.step_folder(step.index)
+        checkpoint.save_weights(folder / "model.safetensors", made.model)
         checkpoint.save_state(folder / "method.pt", made.method.state_dict())
     clock.lap("save")
-    stems = made.evaluation_stems(step)
-    view = EvaluationDataset(made.data, made.config.evaluate.split, stems, made.config.evaluate, model)
-    keep = frozenset(made.sample_stems)
-    with track(f"step {step.index}/{len(made.scenario.steps) - 1}  evaluate", len(stems)) as advance:
-        matrices, samples = evaluate(fabric, model, view, made.scenario, step, made.config.data.workers, advance, keep)
+    matrices = _evaluate(made, step)
     clock.lap("evaluate")
+    fabric.barrier()
     if fabric.is_global_zero:
-        _save_samples(made, step, samples)
-        numbers = {
-            "images": len(made.train_stems[step.index]),
-            "iterations": iterations,
-            "evaluated_images": len(stems),
-            "parameters": {"total": count_parameters(model), "trainable": trainable},
-            "loss": loss,
-            "seconds": {name: round(value, 3) for name, value in clock.seconds.items()},
-        }
+        numbers["seconds"] = {name: round(value, 3) for name, value in clock.seconds.items()}
         made.folder.finish_step(step.index, matrices, numbers)
         say(f"step {step.index}: {summary_line(made, step, matrices)}, {sum(clock.seconds.values()):.0f} s")
     fabric.barrier()
+
+
+def _train(made: Experiment, step: Step, previous: Segmenter | None) -> dict[str, Any]:
+    """The method's hooks around `fit`; returns the numbers of the step's record."""
+    fabric, method, config = made.fabric, made.method, made.config
+    model = made.model.to(fabric.device)
+    torch.manual_seed(derive_seed(config.seed, "train", step.index, fabric.global_rank))
+    images = len(made.train_stems[step.index])
+    iterations = config.train.length(step.index, images)
+    with StepLog(made.folder.path / "logs", step.index, enabled=fabric.is_global_zero) as log:
+        ctx, batches = _context(made, step, previous, iterations, log)
+        method.start_step(ctx)
+        trainable = count_parameters(model, trainable=True)
+        with track(f"step {step.index}/{len(made.scenario.steps) - 1}  train", iterations) as advance:
+            loss = fit(fabric, ctx, method, batches, config.optim, config.train, iterations, advance)
+        method.end_step(ctx)
+    return {
+        "images": images,
+        "iterations": iterations,
+        "evaluated_images": len(made.evaluation_stems(step)),
+        "parameters": {"total": count_parameters(model), "trainable": trainable},
+        "loss": loss,
+    }
+
+
+def _evaluate(made: Experiment, step: Step) -> dict[str, np.ndarray]:
+    """Matrices over the images that show a class seen so far; writes the sample predictions."""
+    config, steps = made.config, made.scenario.steps
+    stems = made.evaluation_stems(step)
+    view = EvaluationDataset(made.data, config.evaluate.split, stems, config.evaluate, made.model)
+    alone = [frozenset(made.evaluation_stems(s)) for s in steps[:-1]] if step is steps[-1] else []
+    with track(f"step {step.index}/{len(steps) - 1}  evaluate", len(stems)) as advance:
+        matrices, samples = evaluate(
+            made.fabric,
+            made.model,
+            view,
+            made.scenario,
+            step,
+            config.data.workers,
+            advance,
+            keep=frozenset(made.sample_stems),
+            alone=alone,
+        )
+    _save_samples(made, step, samples)
+    return matrices
 
 
 def _context(made: Experiment, step: Step, previous: Segmenter | None, iterations: int, log: StepLog):
@@ -125,7 +153,7 @@ def _context(made: Experiment, step: Step, previous: Segmenter | None, iteration
         device=made.fabric.device,
         images=tuple(len(s) for s in made.train_stems[: step.index + 1]),
         class_images=made.class_images(step),
-        log=log,
+        log=lambda name, value: log(name, value, ctx.iteration),
     )
     return ctx, make_loader(data, stream, workers)
 
@@ -148,12 +176,12 @@ def summary_line(made: Experiment, step: Step, matrices: dict[str, np.ndarray]) 
 def _save_samples(made: Experiment, step: Step, samples: dict[str, np.ndarray]) -> None:
     """Predictions of this step, and once the images and their truth, as PNG."""
     for stem, predicted in samples.items():
-        _save_palette(made.folder.step_folder(step.index) / "samples" / f"{safe_name(stem)}.png", predicted, made)
-        truth = made.folder.path / "samples" / f"{safe_name(stem)}.truth.png"
+        _save_palette(made.folder.step_folder(step.index) / "samples" / f"{image_name(stem)}.png", predicted, made)
+        truth = made.folder.path / "samples" / f"{image_name(stem)}.truth.png"
         if not truth.exists():
             split = "train" if made.config.evaluate.split == "holdout" else made.config.evaluate.split
             image = Image.fromarray(made.data.image(split, stem))
-            with atomic_path(truth.with_name(f"{safe_name(stem)}.image.png")) as path:
+            with atomic_path(truth.with_name(f"{image_name(stem)}.image.png")) as path:
                 image.save(path, format="PNG")
             _save_palette(truth, made.data.label(split, stem), made)
 

@@ -80,6 +80,7 @@ def fit(
     stream = iter(batches)
     tail: dict[str, list[Tensor]] = {}
     for iteration in range(iterations):
+        ctx.iteration = iteration
         for group in optimizer.param_groups:
             group["lr"] = rate_at(optim, group["base_lr"], iteration, iterations)
         terms: dict[str, Tensor] = {}
@@ -87,22 +88,23 @@ def fit(
             with fabric.no_backward_sync(module, enabled=micro < train.accumulate - 1):
                 found = forward(fabric, ctx, module, method, next(stream))
                 fabric.backward(torch.stack(list(found.values())).sum() / train.accumulate)
-            terms = {name: terms.get(name, 0) + value.detach() / train.accumulate for name, value in found.items()}
+            for name, value in found.items():  # a pass may lack a term that another has
+                terms[name] = terms.get(name, 0) + value.detach() / train.accumulate
         if optim.clip is not None:
             fabric.clip_gradients(module, optimizer, max_norm=optim.clip, error_if_nonfinite=False)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if iteration >= iterations * 0.9:
+        if iteration >= iterations - max(1, iterations // 10):
             for name, value in terms.items():
                 tail.setdefault(name, []).append(value)
         if iteration % train.log_every == 0 or iteration == iterations - 1:
-            _log(ctx, iteration, terms | {"lr": optimizer.param_groups[0]["lr"]})
+            _log(ctx, terms | {"lr": optimizer.param_groups[0]["lr"]})
         on_iteration()
+    ctx.iteration = iterations
     return {name: float(torch.stack(values).mean()) for name, values in tail.items()}
 
 
-def _log(ctx: StepContext, iteration: int, values: dict[str, Any]) -> None:
-    ctx.iteration = iteration
+def _log(ctx: StepContext, values: dict[str, Any]) -> None:
     for name, value in values.items():
         ctx.log(name, float(value))
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from cssbench.errors import RunError
+from cssbench.errors import ConfigError, DataError, ModelError, PluginError, RunError
 
 Out = Annotated[Path, typer.Option("--out", help="Run folder to make.")]
 Data = Annotated[Path | None, typer.Option("--data", help="Data root; replaces the recipe's.")]
@@ -46,7 +47,12 @@ def start_run(recipe: str, out: Path, data: Path | None, changes: list[str]) -> 
     if made.fabric.is_global_zero:
         made.folder.create()
     made.fabric.barrier()
-    run_steps(made)
+    try:
+        run_steps(made)
+    except (ConfigError, DataError, ModelError, PluginError):
+        if made.fabric.is_global_zero and not made.folder.records():
+            shutil.rmtree(out)  # a mistake seen late: leave nothing, so that the same --out can be used again
+        raise
 
 
 def _refuse_existing(out: Path, wanted: Any) -> None:
@@ -101,8 +107,8 @@ def status(folder: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
     there = RunFolder.read(folder)
     records, known = there.records(), protocols().values()
     config = there.config
-    title = f"{folder}: {config.method.name} on {there.scenario['name']}, {len(records)} of {there.num_steps} steps"
-    table = Table(title=title, title_justify="left", box=None)
+    typer.echo(f"{folder}: {config.method.name} on {there.scenario['name']}, {len(records)} of {there.num_steps} steps")
+    table = Table(box=None)
     table.add_column("step")
     for heading in ("images", "iterations", "minutes"):
         table.add_column(heading, justify="right")

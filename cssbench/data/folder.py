@@ -121,7 +121,7 @@ def _read(path: Path) -> FolderSpec:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not valid TOML: {error}. Mend that line.") from None
     except ValidationError as error:
-        raise DataError(explain_validation(str(path), error)) from None
+        raise DataError(explain_validation(str(path), error, FolderSpec)) from None
 
 
 def _palette(spec: FolderSpec) -> np.ndarray:

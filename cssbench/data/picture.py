@@ -54,7 +54,7 @@ def explain_picture(scenario: Scenario, step: Step, source: SegDataset, stem: st
 def _legend(ids: np.ndarray, source: SegDataset) -> list[tuple[tuple[int, ...], str]]:
     """(colour, text) of every value that occurs, the most frequent first."""
     values, counts = np.unique(ids, return_counts=True)
-    entries = []
+    entries: list[tuple[tuple[int, ...], str]] = []
     for value in values[np.argsort(-counts)].tolist():
         if value == 0:
             entries.append((BACKGROUND_COLOUR, "0 background / void"))

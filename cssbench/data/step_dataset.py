@@ -81,6 +81,8 @@ class BatchStream(Sampler[list[Key]]):
     """
 
     def __init__(self, n: int, seed: int, micro_batch: int, num_batches: int, rank: int = 0, world: int = 1):
+        if n < 1:
+            raise ValueError("an endless stream needs at least one image")
         self.n, self.seed, self.micro_batch, self.num_batches = n, seed, micro_batch, num_batches
         self.rank, self.world = rank, world
 

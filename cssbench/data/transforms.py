@@ -87,13 +87,13 @@ class TrainTransform:
         return short_side_size(label.shape, max(1, round(short * factor)))
 
     def _random_crop(self, label: Tensor, rng: np.random.Generator) -> tuple[slice, slice]:
-        """A window in which no label fills more than the limit; the tenth draw is taken as it is (mmsegmentation).
+        """A window in which no label fills more than the limit; the tenth redraw is taken as it is (mmsegmentation).
 
         Labels are those that the learner sees, background included; 255 is not counted.
         """
         side, (height, width) = self.config.crop, label.shape
         window = slice(0, height), slice(0, width)
-        for _ in range(10):
+        for _ in range(11):
             top, left = (int(rng.integers(0, max(extent - side, 0) + 1)) for extent in (height, width))
             window = slice(top, min(top + side, height)), slice(left, min(left + side, width))
             counts = torch.bincount(label[window].flatten(), minlength=256)[:IGNORE]

@@ -1,8 +1,9 @@
 """Mask-classification losses of ATM heads: class presence, focal and dice terms, with fixed class-query matching.
 
 Source: SegViT (Zhang et al. 2022), section 3.3; SegViTv2 / thesis section 4.2.1. Query i stands for class i; only the
-masks of classes that occur in an image are supervised. Shapes: B images, N classes (queries), h x w mask grid,
-H x W label map, M = number of (image, present class) pairs.
+masks of classes that occur in an image are supervised. Losses of half-precision inputs are computed and returned in
+float32. Shapes: B images, N classes (queries), h x w mask grid, H x W label map, M = number of (image, present class)
+pairs.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cssbench.losses.pixel import full_precision
 from cssbench.scenario import IGNORE
 
 IgnoreMode = Literal["negative", "masked"]
@@ -37,9 +39,10 @@ def presence_loss(classes: Tensor, present: Tensor, absent_weight: float = 0.1) 
     if num_outputs != num_queries + 1:  # v2; with one class the two forms agree
         hit = torch.zeros_like(hit)
     target = torch.where(present, hit, num_outputs - 1)
-    weight = torch.ones(num_outputs, device=classes.device)
+    logits = full_precision(classes).flatten(0, 1)
+    weight = logits.new_ones(num_outputs)
     weight[-1] = absent_weight
-    return F.cross_entropy(classes.float().flatten(0, 1), target.flatten(), weight=weight)
+    return F.cross_entropy(logits, target.flatten(), weight=weight)
 
 
 def focal_loss(
@@ -90,12 +93,11 @@ def mask_losses(
     as every other label that is not the class. `masked`: they are left out.
     """
     image, query = present.nonzero(as_tuple=True)
+    chosen = full_precision(masks[image, query, None])
     if len(image) == 0:
-        nothing = masks.sum() * 0.0  # keeps the graph, so that backward works on every process
+        nothing = chosen.sum()  # of nothing: 0, but keeps the graph, so that backward works on every process
         return nothing, nothing
-    logits = F.interpolate(
-        masks[image, query, None].float(), size=labels.shape[-2:], mode="bilinear", align_corners=False
-    )
+    logits = F.interpolate(chosen, size=labels.shape[-2:], mode="bilinear", align_corners=False)
     truth = labels[image].flatten(1)
     targets = (truth == (query + positions.start)[:, None]).to(logits.dtype)
     valid = (truth != IGNORE) if ignore_mode == "masked" else None

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cssbench.config import Section
 from cssbench.errors import ModelError
+from cssbench.losses.pixel import full_precision
 
 
 class ATMConfig(Section):
@@ -114,12 +115,7 @@ class ATMHead(nn.Module):
 
     def __init__(self, num_classes: int, encoder_width: int, num_stages: int, config: ATMConfig):
         super().__init__()
-        width = config.width or encoder_width // 2
-        if width % config.heads:
-            raise ModelError(
-                f"An ATM head of width {width} does not divide into {config.heads} attention heads. "
-                f"Set model.head.heads to a divisor of {width}, or model.head.width."
-            )
+        width = head_width(config, encoder_width)
         self.num_classes, self.version = num_classes, config.version
         self.tokens = nn.Embedding(num_classes, width)
         self.stages = nn.ModuleList(ATMStage(encoder_width, width, config) for _ in range(num_stages))
@@ -143,7 +139,7 @@ class ATMHead(nn.Module):
 
     def class_probabilities(self, classes: Tensor) -> Tensor:
         """v2: (B, N), P(class present). v1: (B, N, N), P(query q votes for class c), 'no object' left out."""
-        logits = classes.float() * self.class_scale
+        logits = full_precision(classes) * self.class_scale
         if self.version == "v2":
             return torch.sigmoid(logits[..., 0] - logits[..., 1] + self.class_shift)
         logits = torch.cat([logits[..., :-1] + self.class_shift, logits[..., -1:]], dim=-1)
@@ -154,15 +150,27 @@ class ATMHead(nn.Module):
 
         v2: P[c] sigmoid(M[c]). v1: sum over queries q of P[q, c] sigmoid(M[q]).
         """
-        logits = F.interpolate(prediction.masks.float(), size=size, mode="bilinear", align_corners=False)
+        logits = F.interpolate(full_precision(prediction.masks), size=size, mode="bilinear", align_corners=False)
         probability = self.class_probabilities(prediction.classes)
         if self.version == "v2":
             return probability[..., None, None] * logits.sigmoid()
         return torch.einsum("bqc,bqhw->bchw", probability, logits.sigmoid())
 
 
+def head_width(config: ATMConfig, encoder_width: int) -> int:
+    """d. Raises ModelError when it is not a multiple of the number of attention heads."""
+    width = config.width or encoder_width // 2
+    if width % config.heads:
+        raise ModelError(
+            f"An ATM head of width {width} does not divide into {config.heads} attention heads. "
+            f"Set model.head.heads to a divisor of {width}, or model.head.width."
+        )
+    return width
+
+
 def _init(module: nn.Module, std: float) -> None:
-    """Linear: truncated normal, zero bias; LayerNorm 1/0. Class tokens and fused attention weights keep PyTorch's."""
-    if type(module) is nn.Linear:
+    """Every Linear, self-attention's output too: truncated normal, zero bias. The rest keeps PyTorch's: LayerNorm 1/0,
+    class tokens N(0, 1), fused q/k/v weights of self-attention Xavier. As in the public code."""
+    if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=std)
         nn.init.zeros_(module.bias)

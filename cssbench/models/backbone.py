@@ -12,7 +12,9 @@ from typing import Any, Literal
 
 import timm
 from pydantic import Field, PositiveInt
-from timm.models.vision_transformer import VisionTransformer
+from timm.layers import PatchEmbed
+from timm.models import load_state_dict
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from cssbench.config import Section
@@ -43,7 +45,8 @@ class Backbone(nn.Module):
     """images (B, 3, H, W), H and W multiples of the patch -> list of (B, L, C) token maps of `layers`, in that order.
 
     Attributes: `width` C, `patch` px, `pixel_mean`, `pixel_std`. Raises ModelError on an unknown name, a model that is
-    not a plain ViT, a tap out of range, or an input that is not a multiple of the patch.
+    not a plain ViT, a tap out of range, a checkpoint that is missing, unsafe or of another model, or an input that is
+    not a multiple of the patch.
     """
 
     def __init__(self, config: BackboneConfig):
@@ -52,6 +55,10 @@ class Backbone(nn.Module):
         self.vit = _build(config)
         self.width: int = self.vit.embed_dim
         self.patch: int = self.vit.patch_embed.patch_size[0]
+        if config.image_size % self.patch:
+            raise ModelError(
+                f"model.backbone.image_size {config.image_size} is not a multiple of the patch of {self.patch} px."
+            )
         depth = len(self.vit.blocks)
         wrong = [layer for layer in config.layers if layer > depth]
         if wrong or sorted(set(config.layers)) != list(config.layers):
@@ -60,6 +67,8 @@ class Backbone(nn.Module):
                 f"each once, for {config.name!r}."
             )
         self.vit.blocks = self.vit.blocks[: config.layers[-1]]  # later blocks would never get a gradient
+        if config.checkpoint:
+            _load(self.vit, config.checkpoint)
         default: Any = self.vit.pretrained_cfg
         self.pixel_mean = tuple(config.mean or default.get("mean") or (0.5,) * 3)
         self.pixel_std = tuple(config.std or default.get("std") or (0.5,) * 3)
@@ -102,34 +111,56 @@ def _build(config: BackboneConfig) -> VisionTransformer:
     sizes = {key: value for key, value in sizes.items() if value is not None}
     if config.pretrained and sizes:
         raise ModelError(f"model.backbone.pretrained needs the model's own sizes; remove {', '.join(sizes)}.")
+    if config.checkpoint and not Path(config.checkpoint).is_file():
+        raise ModelError(f"model.backbone.checkpoint names {config.checkpoint!r}, which is not a file.")
     options: dict[str, Any] = {
         **sizes,
         "num_classes": 0,
         "drop_path_rate": config.drop_path,
         "img_size": config.image_size,
     }
-    if config.checkpoint:
-        path = Path(config.checkpoint)
-        if not path.is_file():
-            raise ModelError(f"model.backbone.checkpoint names {str(path)!r}, which is not a file.")
-        options["pretrained_cfg_overlay"] = {"file": str(path)}
+    plain = "Choose a plain ViT of timm, such as 'vit_base_patch16_384'."
     try:
         vit = timm.create_model(
             config.name,
-            pretrained=config.pretrained or bool(config.checkpoint),
+            pretrained=config.pretrained and not config.checkpoint,
             dynamic_img_size=True,
             global_pool="",
             **options,
         )
-    except (TypeError, RuntimeError, ValueError, AssertionError, OSError) as error:
+    except TypeError as error:  # other families do not know a plain ViT's arguments
+        raise ModelError(f"timm cannot build {config.name!r} as a plain ViT ({error}). {plain}") from error
+    except (RuntimeError, ValueError, AssertionError, OSError) as error:
         raise ModelError(f"timm cannot build {config.name!r} with {options}: {error}") from error
-    if not isinstance(vit, VisionTransformer):
-        raise ModelError(
-            f"{config.name!r} is a {type(vit).__name__}, not a plain ViT. Choose a timm VisionTransformer such as "
-            f"'vit_base_patch16_384'."
-        )
+    if not isinstance(vit, VisionTransformer) or not isinstance(vit.patch_embed, PatchEmbed):
+        kind = f"{type(vit).__name__} with {type(getattr(vit, 'patch_embed', None)).__name__}"
+        raise ModelError(f"{config.name!r} is a {kind}, not a plain ViT. {plain}")
     vit.norm, vit.fc_norm, vit.head = nn.Identity(), nn.Identity(), nn.Identity()
     return vit
+
+
+def _load(vit: VisionTransformer, path: str) -> None:
+    """Weights in timm's names; position embeddings are resized to the model's grid. What the taps do not need (later
+    blocks, final norm, classifier) may be there or not; all else must fit. Nothing pickled is ever run."""
+    try:
+        weights = checkpoint_filter_fn(load_state_dict(path, weights_only=True), vit)
+    except Exception as error:  # whatever a foreign file makes its readers raise
+        raise ModelError(
+            f"model.backbone.checkpoint {path!r} cannot be loaded ({type(error).__name__}: {error}). Give a "
+            f"safetensors file, or a .pth that holds tensors only, of the same model in timm's names."
+        ) from error
+    own = vit.state_dict()
+    numbers = {str(number) for number in range(len(vit.blocks))}
+    later = {name for name in weights if name.startswith("blocks.") and name.split(".")[1] not in numbers}
+    spare = {name for name in weights if name.startswith(("norm.", "fc_norm.", "attn_pool.", "head"))} | later
+    wrong = sorted(own.keys() ^ (weights.keys() - spare))
+    wrong = wrong or sorted(name for name in own if own[name].shape != weights[name].shape)
+    if wrong:
+        raise ModelError(
+            f"model.backbone.checkpoint {path!r} is not of this model: {len(wrong)} tensors are missing, unexpected or "
+            f"of another shape, the first being {wrong[0]!r}. Name the model (and sizes) that it was saved from."
+        )
+    vit.load_state_dict({name: weights[name] for name in own})
 
 
 def known_backbones(pattern: str = "vit_*") -> list[str]:

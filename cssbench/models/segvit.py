@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cssbench.config import Section
 from cssbench.losses.mask import class_presence, mask_losses, presence_loss
-from cssbench.models.atm import ATMConfig, ATMHead, MaskPrediction
+from cssbench.models.atm import ATMConfig, ATMHead, MaskPrediction, head_width
 from cssbench.models.backbone import Backbone, BackboneConfig, to_map
 from cssbench.models.segmenter import Segmenter, SegOutput, autograd_off
 from cssbench.scenario import Step
@@ -69,6 +69,7 @@ class SegViT(Segmenter):
         super().__init__(config)
         self.config: SegViT.Config
         self.backbone = Backbone(config.backbone)
+        head_width(config.head, self.backbone.width)
         self.multiple = self.backbone.patch
         self.pixel_mean, self.pixel_std = self.backbone.pixel_mean, self.backbone.pixel_std
         self.positions: list[range] = []
@@ -93,9 +94,13 @@ class SegViT(Segmenter):
         features = [to_map(tap, grid) for tap in taps]
         return MaskOutput(size, features, stages, list(self.heads))  # type: ignore[arg-type]
 
-    def loss(self, output: MaskOutput, labels: Tensor) -> dict[str, Tensor]:
-        """Sum over the heads that ran and their stages. A head none of whose classes occurs learns their absence."""
+    def loss(self, output: MaskOutput, labels: Tensor, absent_weight: float | None = None) -> dict[str, Tensor]:
+        """Sum over the heads that ran and their stages. A head none of whose classes occurs learns their absence.
+
+        absent_weight: instead of the model's own.
+        """
         config = self.config
+        absent_weight = config.absent_weight if absent_weight is None else absent_weight
         total = {"class": labels.new_zeros((), dtype=torch.float32)}
         total |= {"focal": total["class"], "dice": total["class"]}
         for stages, positions in zip(output.stages, self.positions, strict=True):
@@ -105,7 +110,7 @@ class SegViT(Segmenter):
             num_masks = mean_over_processes(present.sum().float()).clamp(min=1)
             for prediction in stages:
                 focal, dice = mask_losses(prediction.masks, labels, present, positions, num_masks, config.ignore_mode)
-                total["class"] = total["class"] + presence_loss(prediction.classes, present, config.absent_weight)
+                total["class"] = total["class"] + presence_loss(prediction.classes, present, absent_weight)
                 total["focal"] = total["focal"] + config.focal_weight * focal
                 total["dice"] = total["dice"] + config.dice_weight * dice
         return total
