@@ -48,7 +48,7 @@ class EvaluationDataset(Dataset):
     def __getitem__(self, index: int) -> tuple[str, list[View]]:
         stem, split = self.stems[index], "train" if self.split == "holdout" else self.split
         image, label = self.source.pair(split, stem)
-        picture, truth = to_tensor(image), torch.from_numpy(label)
+        picture, truth = to_tensor(image), torch.from_numpy(np.array(label))
         return stem, [getattr(self, f"_{geometry}")(picture, truth) for geometry in self.config.geometries]
 
     def _full(self, image: Tensor, label: Tensor) -> View:

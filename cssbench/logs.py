@@ -30,6 +30,7 @@ class StepLog:
     def __call__(self, name: str, value: float, iteration: int) -> None:
         if self.enabled:
             self.rows.writerow([self.step, iteration, name, repr(float(value))])
+            self.file.flush()  # so that a person can watch
             self.events.add_scalar(name, value, iteration)
 
     def __enter__(self) -> StepLog:

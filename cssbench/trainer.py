@@ -126,7 +126,7 @@ def forward(fabric: Fabric, ctx: StepContext, module: Any, method: Method, loade
     ):
         raise PluginError(f"{name}.loss must return a dict of named scalar tensors, not {_describe(terms)}.")
     if not torch.isfinite(sum(terms.values())):  # type: ignore[arg-type]
-        values = ", ".join(f"{key} = {float(value):g}" for key, value in terms.items())
+        values = ", ".join(f"{key} = {float(value.detach()):g}" for key, value in terms.items())
         raise NonFiniteLossError(
             f"The loss of {name} is not finite at step {ctx.step.index} ({values}). The batch held the images "
             f"{', '.join(loaded['names'])}. Lower optim.lr, set optim.clip, or look at these images."

@@ -1,0 +1,425 @@
+"""What SegViT-CL promises: old classes are frozen, and what may change at all after a step. Three tiny steps."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from cssbench.api import Batch, ConfigError, Segmenter, StepContext
+from cssbench.baselines.finetune import FineTune
+from cssbench.baselines.segvit_cl import SegViTCL, fit_scale, held_out_margins, prior_shift
+from cssbench.evaluate import Predictor
+from cssbench.metrics.confusion import confusion
+from cssbench.metrics.continual import forgetting, group_table
+from cssbench.models.segmenter import freeze_copy
+from cssbench.models.segvit import SegViT
+from cssbench.protocol import get as get_protocol
+from cssbench.scenario import Scenario
+
+torch.set_num_threads(1)  # the tensors are tiny
+SCENARIO = Scenario("tiny-3-2-1", "none", groups=((4, 2, 6), (1, 5), (3,)))  # positions 1..6 are not the class ids
+COLOURS = torch.randn(7, 3, generator=torch.Generator().manual_seed(7))
+
+
+def scenes(n, seed, shown=range(7)):
+    """n images of 2 x 2 blocks of 16 px, each block of one class id 0..6 (0 is void); colour tells the class.
+
+    shown: class ids of which each image has one or more.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    blocks = torch.randint(0, 7, (10 * n, 2, 2), generator=generator)
+    chosen = torch.isin(blocks, torch.tensor(list(shown))).flatten(1).any(1)
+    ids = blocks[chosen][:n].repeat_interleave(16, 1).repeat_interleave(16, 2)
+    noise = torch.randn(n, 32, 32, 3, generator=generator)
+    return (COLOURS[ids] + 0.3 * noise).permute(0, 3, 1, 2).contiguous(), ids
+
+
+TEST_IMAGES, TEST_IDS = scenes(12, 1)
+
+
+def make_model(version="v2", seed=0, **options):
+    torch.manual_seed(seed)
+    backbone = {"name": "vit_tiny_patch16_224", "image_size": 32, "layers": [1, 2]}
+    backbone |= {"patch": 8, "width": 16, "depth": 2, "heads": 2, "drop_path": 0.1}
+    head = {"version": version, "heads": 2, "layers": 1, "init_std": 0.1}
+    return SegViT(SegViT.Config.model_validate({"backbone": backbone, "head": head} | options))
+
+
+def context(model, step, previous=None, holdout=None, batches=4):
+    """A step's context; its images show a new class, and are labelled with the new classes alone."""
+    images, ids = scenes(4 * batches, 100 + step.index, step.new)
+    labels = torch.from_numpy(SCENARIO.train_table(step)).long()[ids]
+    loader = [{"images": images[i::batches], "labels": labels[i::batches], "names": []} for i in range(batches)]
+    shown = {p: int((labels == p).flatten(1).any(1).sum()) for p in step.new_positions}
+    return StepContext(
+        scenario=SCENARIO,
+        step=step,
+        model=model,
+        previous=previous,
+        train_loader=loader,
+        holdout_loader=None if holdout is None else loader[:holdout],
+        device=torch.device("cpu"),
+        images=(16,) * (step.index + 1),
+        class_images=shown,
+        log=lambda name, value: None,
+    )
+
+
+def train_step(model, method, step, previous=None, passes=3, **options):
+    """What the task loop and the trainer do at a step, the model having grown."""
+    ctx = context(model, step, previous, **options)
+    method.start_step(ctx)
+    optimizer = torch.optim.AdamW(method.param_groups(ctx), lr=1e-2, weight_decay=0.1)
+    model.train()
+    for _ in range(passes):
+        for loaded in ctx.train_loader:
+            terms = method.loss(ctx, Batch(loaded["images"], loaded["labels"], model(loaded["images"])))
+            sum(terms.values()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    method.end_step(ctx)
+    return ctx
+
+
+def run(method, version="v2", **options):
+    """The frozen copy after each step: what `ctx.previous` of the next one is."""
+    model, copies = make_model(version), []
+    for step in SCENARIO.steps:
+        model.grow(step)
+        train_step(model, method, step, copies[-1] if copies else None, **options)
+        copies.append(freeze_copy(model))
+    return copies
+
+
+@pytest.fixture(
+    scope="module",
+    params=[("v2", "none", {}), ("v1", "none", {}), ("v2", "prior", {}), ("v2", "temperature", {"holdout": 2})],
+    ids=lambda p: "-".join(p[:2]),
+)
+def copies(request):
+    """Models after each of three steps, for both decoders and every calibration."""
+    version, calibration, options = request.param
+    return run(SegViTCL(SegViTCL.Config(calibration=calibration)), version, **options)
+
+
+@torch.no_grad()
+def scores_of(models):
+    return [model.eval()(TEST_IMAGES).scores for model in models]
+
+
+def predictions(scores, threshold=0.2):
+    """Class ids per step, by rule: [{"all": ..., "foreground": ...}, ...]."""
+    found = []
+    for t, per_step in enumerate(scores):
+        predictor = Predictor(make_model(), SCENARIO, threshold)
+        images = [predictor(s, t) for s in per_step]
+        found.append({rule: torch.stack([image[rule] for image in images]) for rule in ("all", "foreground")})
+    return found
+
+
+def test_old_scores_are_bit_equal_after_later_steps(copies):
+    first, second, third = scores_of(copies)
+    assert [s.shape[1] for s in (first, second, third)] == [3, 5, 6]
+    assert torch.equal(second[:, :3], first)
+    assert torch.equal(third[:, :5], second)
+    assert first.std() > 0.01
+
+
+def test_a_label_stays_or_becomes_a_new_class(copies):
+    found = predictions(scores_of(copies))
+    changed = 0
+    for t in (1, 2):
+        new = torch.tensor(SCENARIO.groups[t])
+        for rule in ("all", "foreground"):
+            before, after = found[t - 1][rule], found[t][rule]
+            assert ((after == before) | torch.isin(after, new)).all()
+            changed += int((after != before).sum())
+    assert changed > 0  # otherwise this test sees nothing
+
+
+def test_hits_and_false_alarms_of_old_classes_never_rise(copies):
+    found = predictions(scores_of(copies))
+    for rule in ("all", "foreground"):
+        counts = [confusion(TEST_IDS, step[rule], 6) for step in found]
+        for t in (1, 2):
+            for c in SCENARIO.steps[t].old:
+                hits = [int(counts[i][c, c]) for i in (t - 1, t)]
+                alarms = [int(counts[i][:, c].sum()) - hit for i, hit in zip((t - 1, t), hits, strict=True)]
+                assert hits[1] <= hits[0]
+                assert alarms[1] <= alarms[0]
+
+
+def test_later_heads_cost_what_an_argmax_without_them_shows(copies):
+    """The outputs of steps 0..s of the last model predict what the model after step s did."""
+    scores = scores_of(copies)
+    for s in (0, 1):
+        predictor = Predictor(make_model(), SCENARIO, 0.2)
+        for last, then in zip(scores[-1], scores[s], strict=True):
+            assert torch.equal(predictor(last, s)["all"], predictor(then, s)["all"])
+
+
+def test_forgetting_of_the_last_step_is_exactly_zero(copies):
+    """Thesis table 4.12. The last model is measured a second time, as if another step had changed nothing."""
+    found = predictions(scores_of([*copies, freeze_copy(copies[-1])])[:3])
+    again = predictions(scores_of([*copies[:2], freeze_copy(copies[-1])]))
+    protocol = get_protocol("mmseg150@1")
+    matrices = [confusion(TEST_IDS, step["foreground"], 6).numpy() for step in (*found, again[-1])]
+    table = group_table([protocol.scores(m, SCENARIO.groups, min(t, 2)) for t, m in enumerate(matrices)])
+    assert table[2][2] is not None
+    assert forgetting(table)[2] == 0.0
+
+
+def test_heads_learn_their_classes():
+    """Enough passes that the invariants are about a model which knows something."""
+    model = make_model()
+    model.grow(SCENARIO.steps[0])
+    before = sum(float(v) for v in _loss(model, SCENARIO.steps[0]).values())
+    train_step(model, SegViTCL(), SCENARIO.steps[0], passes=10)
+    after = sum(float(v) for v in _loss(model, SCENARIO.steps[0]).values())
+    assert after < 0.8 * before
+
+
+@torch.no_grad()
+def _loss(model, step):
+    ctx = context(model.eval(), step)
+    return model.loss(model(ctx.train_loader[0]["images"]), ctx.train_loader[0]["labels"])
+
+
+def test_old_parameters_and_buffers_do_not_change(copies):
+    for before, after in pairwise(copies):
+        old, new = before.state_dict(), after.state_dict()
+        assert all(torch.equal(new[name], value) for name, value in old.items())
+        grown = {name.split(".")[1] for name in new.keys() - old.keys()}
+        assert grown == {str(len(before.heads))}
+
+
+@pytest.fixture
+def second_step():
+    """A model that has grown its second head; the method has frozen the rest."""
+    model = make_model()
+    for step in SCENARIO.steps[:2]:
+        model.grow(step)
+    SegViTCL().start_step(context(model, SCENARIO.steps[1]))
+    return model
+
+
+def test_only_the_newest_head_learns(second_step):
+    model = second_step
+    learning = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert learning == {f"heads.1.{name}" for name, _ in model.heads[1].named_parameters()}
+    groups = model.param_groups()
+    assert [group["name"] for group in groups] == ["heads"]
+    assert {id(p) for p in groups[0]["params"]} == {id(p) for p in model.new_parameters()}
+
+
+def test_encoder_and_old_heads_stay_in_eval_mode_whatever_is_called(second_step):
+    model = second_step
+    for mode in (True, False, True):
+        model.train(mode)
+        assert not any(m.training for frozen in (model.backbone, model.heads[0]) for m in frozen.modules())
+        assert all(m.training == mode for m in model.heads[1].modules())
+    assert model.training
+
+
+def test_at_step_0_everything_learns():
+    model = make_model()
+    model.grow(SCENARIO.steps[0])
+    SegViTCL().start_step(context(model, SCENARIO.steps[0]))
+    model.train()
+    assert all(m.training for m in model.modules())
+    fixed = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert fixed == {"backbone.vit.cls_token"}  # dropped before the first block
+
+
+def test_frozen_heads_are_skipped_in_training_and_used_in_evaluation(second_step):
+    model = second_step.train()
+    calls = []
+    for i, head in enumerate(model.heads):
+        head.register_forward_hook(lambda *a, i=i: calls.append(i))
+    output = model(TEST_IMAGES)
+    assert calls == [1]
+    assert output.stages[0] is None
+    assert output.scores.shape[1] == 2
+    model.eval()
+    assert model(TEST_IMAGES).scores.shape[1] == 5
+    assert calls == [1, 0, 1]
+
+
+def test_no_gradient_goes_through_the_encoder(second_step):
+    model = second_step.train()
+    images = TEST_IMAGES.clone().requires_grad_()
+    output = model(images)
+    assert not any(feature.requires_grad for feature in output.features)
+    labels = torch.full((6, 32, 32), 4)
+    sum(model.loss(output, labels).values()).backward()
+    assert images.grad is None
+    assert {name.split(".")[1] for name, p in model.named_parameters() if p.grad is not None} == {"1"}
+    # Gradients are as outside where nothing is frozen, and off where they were off.
+    with torch.no_grad():
+        assert not model(TEST_IMAGES).stages[1][-1].masks.requires_grad
+
+
+def test_the_loss_of_a_step_is_that_of_the_new_head_alone(second_step):
+    """Old classes have no label at this step, so old heads would be taught their absence."""
+    labels = torch.randint(3, 6, (6, 32, 32), generator=torch.Generator().manual_seed(0))
+    new_only = second_step.train()(TEST_IMAGES)
+    every = second_step.eval()(TEST_IMAGES)
+    alone = SegViT.loss(second_step, new_only, labels)
+    both = SegViT.loss(second_step, every, labels)
+    assert all(both[name] > alone[name] for name in ("class", "focal", "dice"))
+
+
+def test_previous_is_a_frozen_copy_of_its_own():
+    model = make_model()
+    model.grow(SCENARIO.steps[0])
+    train_step(model, SegViTCL(), SCENARIO.steps[0], passes=1)
+    previous = freeze_copy(model)
+    with torch.no_grad():
+        expected = model.eval()(TEST_IMAGES).scores
+    model.grow(SCENARIO.steps[1])
+    for tensor in (*model.parameters(), *model.buffers()):
+        nn.init.zeros_(tensor)
+    assert not previous.training
+    assert not any(p.requires_grad for p in previous.parameters())
+    assert torch.equal(previous(TEST_IMAGES).scores, expected)
+
+
+def test_a_copy_made_at_a_later_step_shows_every_head(second_step):
+    """The model itself leaves out frozen heads in training; the copy must not."""
+    copy = freeze_copy(second_step.train())
+    assert copy(TEST_IMAGES).scores.shape[1] == 5
+    assert second_step(TEST_IMAGES).scores.shape[1] == 2
+    copy.train()  # a method might; modules frozen in the copy are the copy's own
+    assert copy(TEST_IMAGES).scores.shape[1] == 5
+    assert copy.is_frozen(copy.heads[0])
+    assert not copy.is_frozen(second_step.heads[0])
+
+
+def test_fine_tuning_changes_old_parameters():
+    first, second, _ = run(FineTune(), passes=1)
+    old, new = first.state_dict(), second.state_dict()
+    fixed = {"backbone.vit.cls_token", *(name for name in old if "class_s" in name)}  # unused; calibration
+    zero = {name for name in old if torch.equal(new[name], old[name])}
+    assert zero == fixed
+    scores = scores_of([first, second])
+    assert not torch.allclose(scores[1][:, :3], scores[0], atol=1e-3)
+
+
+def test_prior_shift_by_hand():
+    """20 of the step's 40 images, of 200 in all, show the class: odds 1 against 1/9, but for the smoothing."""
+    assert prior_shift(20, 40, 200) == pytest.approx(math.log(20.5 / 180.5))
+    assert prior_shift(20, 40, 200) == pytest.approx(math.log(1 / 9), abs=0.03)
+    assert prior_shift(5, 40, 60) == pytest.approx(math.log(5.5 / 55.5) - math.log(5.5 / 35.5))
+    assert math.isfinite(prior_shift(40, 40, 200))
+    assert math.isfinite(prior_shift(0, 40, 200))
+    assert prior_shift(3, 40, 40) == prior_shift(40, 40, 40) == 0
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_prior_calibration_uses_the_counts_of_the_step(version):
+    """Fixed when the step ends; zero at step 0, where the images of the step are all there are."""
+    model, method = make_model(version), SegViTCL(SegViTCL.Config(calibration="prior"))
+    for step in SCENARIO.steps[:2]:
+        model.grow(step)
+        ctx = context(model, step)
+        ctx.images, ctx.class_images = (30, 10)[: step.index + 1], dict.fromkeys(step.new_positions, 6)
+        if step.index == 1:
+            ctx.class_images[5] = 9
+        method.start_step(ctx)
+        method.end_step(ctx)
+    assert model.heads[0].class_shift.tolist() == [0.0] * 3
+    expected = [math.log(6.5 / 34.5) - math.log(6.5 / 4.5), math.log(9.5 / 31.5) - math.log(9.5 / 1.5)]
+    assert model.heads[1].class_shift.tolist() == pytest.approx(expected)
+    assert [head.class_scale.item() for head in model.heads] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("scale", [0.2, 1.0, 2.5])
+def test_temperature_recovers_a_known_scale(scale):
+    """Presence drawn with log-odds scale * margin; the grid has steps of 2 %."""
+    generator = torch.Generator().manual_seed(0)
+    margins = 2 * torch.randn(20_000, 3, generator=generator)
+    present = torch.rand(margins.shape, generator=generator) < (scale * margins).sigmoid()
+    assert fit_scale(margins, present).item() == pytest.approx(scale, rel=0.04)
+
+
+def test_temperature_stays_in_its_range():
+    margins = torch.tensor([[1.0, -1.0]])
+    assert fit_scale(margins, margins > 0).item() == pytest.approx(4.0)  # separable: the surer the better
+    assert fit_scale(margins, margins < 0).item() == pytest.approx(0.05)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_held_out_margins_are_of_the_newest_heads_last_stage(version):
+    model = make_model(version)
+    for step in SCENARIO.steps[:2]:
+        model.grow(step)
+    ctx = context(model.train(), SCENARIO.steps[1], holdout=3)
+    margins, present = held_out_margins(ctx)
+    assert model.training
+    assert margins.shape == present.shape == (12, 2)
+    model.eval()
+    for i, loaded in enumerate(ctx.holdout_loader):
+        classes = model(loaded["images"]).stages[1][-1].classes
+        for b in range(4):
+            for n in range(2):
+                logits = classes[b, n]
+                own = logits[0] - logits[1] if version == "v2" else logits[n] - logits[2]
+                assert margins[4 * i + b, n].item() == pytest.approx(own.item(), abs=1e-5)
+                assert present[4 * i + b, n] == (loaded["labels"][b] == 4 + n).any()
+
+
+def test_temperature_is_set_at_the_end_of_a_step_for_its_head_only():
+    model, method = make_model(), SegViTCL(SegViTCL.Config(calibration="temperature"))
+    for step in SCENARIO.steps[:2]:
+        model.grow(step)
+        ctx = train_step(model, method, step, holdout=2, passes=1)
+        expected = fit_scale(*held_out_margins(ctx))
+        assert model.heads[step.index].class_scale == expected
+        assert expected != 1
+        assert (model.heads[step.index].class_shift == 0).all()
+
+
+def test_temperature_without_held_out_images_is_refused():
+    model = make_model()
+    model.grow(SCENARIO.steps[0])
+    method = SegViTCL(SegViTCL.Config(calibration="temperature"))
+    with pytest.raises(ConfigError, match=r"needs held-out images: set data\.holdout above 0"):
+        method.start_step(context(model, SCENARIO.steps[0]))
+    method.start_step(context(model, SCENARIO.steps[0], holdout=1))
+
+
+def test_models_without_atm_heads_are_refused():
+    class Other(Segmenter):
+        def grow(self, step):
+            self.heads.append(nn.Linear(1, 1))
+
+    model = Other()
+    model.grow(SCENARIO.steps[0])
+    with pytest.raises(ConfigError, match=r"needs a model with ATM heads, not Other\. Use model 'segvit'"):
+        SegViTCL().start_step(context(model, SCENARIO.steps[0]))
+
+
+def test_absent_weight_of_later_steps_replaces_the_models_own():
+    model = make_model(absent_weight=0.3)
+    method = SegViTCL(SegViTCL.Config(absent_weight=2.0))
+    for step in SCENARIO.steps[:2]:
+        model.grow(step)
+        ctx = context(model, step)
+        method.start_step(ctx)
+        model.eval()
+        loaded = ctx.train_loader[0]
+        batch = Batch(loaded["images"], loaded["labels"], model(loaded["images"]))
+        expected, other = (
+            {k: v.item() for k, v in make(model, batch.output, batch.labels, w).items()}
+            for make, w in ((SegViT.loss, (0.3, 2.0)[step.index]), (SegViT.loss, (2.0, 0.3)[step.index]))
+        )
+        got = {k: v.item() for k, v in method.loss(ctx, batch).items()}
+        assert got == expected
+        assert got["class"] != other["class"]
+        default = {k: v.item() for k, v in SegViTCL().loss(ctx, batch).items()}
+        assert default == {k: v.item() for k, v in model.loss(batch.output, batch.labels).items()}
