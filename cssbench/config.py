@@ -290,15 +290,16 @@ def _where(model: type[BaseModel] | None, loc: tuple[int | str, ...]) -> str:
 
 
 def _hint(model: type[BaseModel], loc: tuple[int | str, ...]) -> str:
-    """What to write instead of the unknown key at `loc`: a near one of its section, or of another, or all there are."""
+    """What to write instead of the unknown key at `loc`: its place, a near key of the section or of another, or all."""
     section: type[BaseModel] | None = model
     for part in loc[:-1]:
         if section and isinstance(part, str):
             section = _sections(section).get(part)
     name, known = str(loc[-1]), list(section.model_fields) if section else []
-    near = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
+    paths = _paths(model)
+    near = [path for path in paths if path.split(".")[-1] == name]
+    near = near or difflib.get_close_matches(name, known, n=2, cutoff=0.5)
     if not near:
-        paths = _paths(model)
         names = difflib.get_close_matches(name, {path.split(".")[-1] for path in paths}, n=2, cutoff=0.8)
         near = [path for path in paths if path.split(".")[-1] in names]
     if near:

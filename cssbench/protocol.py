@@ -7,7 +7,7 @@ learned, with the background index, and with classes that have no ground truth.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -73,8 +73,10 @@ class Protocol:
 
         A group without any scored class is None. The background, where it counts, belongs to the base group.
         """
-        seen = [c for group in groups[: step + 1] for c in group]
-        iou = self.ious(matrix, seen)
+        return self.means(self.ious(matrix, [c for group in groups[: step + 1] for c in group]), groups, step)
+
+    def means(self, iou: Mapping[int, float], groups: Sequence[Sequence[int]], step: int) -> dict[str, float | None]:
+        """As `scores`, from the IoU of each scored class."""
         first = ([0] if self.background_in_mean else []) + list(groups[0])
         later = [c for group in groups[1 : step + 1] for c in group]
         parts = {"base": first, "incremental": later, "all": first + later}

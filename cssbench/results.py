@@ -40,11 +40,12 @@ from cssbench.config import RunConfig, validate
 from cssbench.errors import RunError
 
 SCHEMA = 1
+RUN_FILES = ("config.toml", "provenance.json", "scenario.json")
 
 
 def safe_name(name: str) -> str:
     """`name` when it can stand as one file name; raises RunError otherwise."""
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*", name) or ".." in name:
+    if not re.fullmatch(r"[A-Za-z0-9_]([A-Za-z0-9_.\-]*[A-Za-z0-9_\-])?", name) or ".." in name:
         raise RunError(f"{name!r} cannot be used as a file name (letters, digits, '_', '-' and inner dots only).")
     return name
 
@@ -102,6 +103,15 @@ def read_json(path: Path) -> Any:
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def content_digest(content: dict[str, Any]) -> str:
+    """SHA-256 (hex) of a record's JSON, keys sorted, without its `digest`: tells an edited record from the one written.
+
+    It guards against accidents and quiet edits, not against somebody who computes it anew.
+    """
+    rest = json.loads(json.dumps({key: value for key, value in content.items() if key != "digest"}))
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -196,8 +206,16 @@ class RunFolder:
         write_bytes(folder / "matrices.npz", buffer.getvalue())
         for rest in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
             rest.unlink(missing_ok=True)
+        self.write_record(index, numbers)
+
+    def write_record(self, index: int, numbers: dict[str, Any]) -> None:
+        """Write the record of a step whose files lie there, with their checksums and its own digest."""
+        folder = self.step_folder(index)
+        folder.mkdir(parents=True, exist_ok=True)
         sums = {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.is_file() and p.name != "record.json"}
-        write_json(folder / "record.json", {"schema": SCHEMA, "step": index, "sha256": sums, **numbers})
+        run_sums = {name: sha256(self.path / name) for name in RUN_FILES if (self.path / name).is_file()}
+        content = {"schema": SCHEMA, "step": index, "sha256": sums, "run_sha256": run_sums, **numbers}
+        write_json(folder / "record.json", content | {"digest": content_digest(content)})
 
     @property
     def num_steps(self) -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cssbench import protocol as protocols
+from cssbench import scoring
 from cssbench.errors import RunError
 from cssbench.metrics import continual
 from cssbench.protocol import Protocol
@@ -94,8 +95,8 @@ def describe_sizes(sizes: Sequence[int]) -> str:
 class Scored:
     """One run under one protocol in one setting.
 
-    scores: `Protocol.scores` after each finished step (an oracle: once, after all classes). ious: class id -> IoU after
-    the last finished step. alone[g]: see `continual.lost_parts`. All in [0, 1].
+    scores: `Protocol.scores` after each finished step (an oracle: once, after all classes). step_ious: class id -> IoU
+    after the same steps. alone[g]: see `continual.lost_parts`. All in [0, 1].
     """
 
     setting: Setting
@@ -103,8 +104,17 @@ class Scored:
     run: RunFolder
     label: str
     scores: tuple[Scores, ...]
-    ious: dict[int, float]
+    step_ious: tuple[dict[int, float], ...]
     alone: tuple[float | None, ...]
+
+    @property
+    def ious(self) -> dict[int, float]:
+        """Class id -> IoU after the last finished step."""
+        return self.step_ious[-1]
+
+    @property
+    def imported(self) -> bool:
+        return scoring.is_imported(self.run)
 
     @property
     def oracle(self) -> bool:
@@ -253,23 +263,16 @@ def _members(runs: Sequence[RunFolder]) -> dict[Setting, list[RunFolder]]:
 
 def _score_one(setting: Setting, protocol: Protocol, run: RunFolder, label: str) -> Scored | None:
     records = run.records()
-    for record in records:
-        run.verify(record, "matrices.npz")
-    if any(protocol.key not in record.matrices for record in records):
+    if not scoring.is_imported(run):
+        for record in records:
+            run.verify(record, "matrices.npz")
+    if not scoring.can_score(run, protocol):
         return None
+    scores = tuple(scoring.run_scores(run, protocol, setting.groups))
+    ious = tuple(scoring.step_ious(run, record, protocol, setting.groups) for record in records)
     # An oracle has seen every class after its only step.
-    steps: list[int] = [len(setting.groups) - 1] if run.num_steps == 1 else [record.index for record in records]
-    key, groups, last = protocol.key, setting.groups, records[-1].matrices
-    scores = [protocol.scores(r.matrices[key], groups, t) for r, t in zip(records, steps, strict=True)]
-    seen = [c for group in groups[: steps[-1] + 1] for c in group]
-    alone = [_alone(protocol, last, groups, g) for g in range(steps[-1])]
-    return Scored(setting, protocol, run, label, tuple(scores), protocol.ious(last[key], seen), tuple(alone))
-
-
-def _alone(protocol: Protocol, matrices: dict[str, Any], groups: Sequence[Sequence[int]], group: int) -> float | None:
-    """mIoU of a group from the outputs of steps 0..group alone, scored as at that step (see `continual.lost_parts`)."""
-    matrix = matrices.get(f"{protocol.key}.upto{group}")
-    return None if matrix is None else protocol.scores(matrix, groups, group)[f"group{group}"]
+    alone = [] if run.num_steps == 1 else scoring.alone_scores(run, records[-1], protocol)
+    return Scored(setting, protocol, run, label, scores, ious, tuple(alone))
 
 
 def sample_files(run: RunFolder, records: Sequence[StepRecord]) -> dict[str, tuple[Path, Path, dict[int, Path]]]:

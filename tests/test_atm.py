@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cssbench.errors import ModelError
 from cssbench.losses.mask import class_presence, mask_losses, presence_loss
@@ -141,6 +142,33 @@ def test_v2_classes_are_independent_and_v1_classes_are_not():
         )
         for a, b in zip(large(taps, GRID), small(taps, GRID), strict=True):
             assert torch.allclose(a.masks[:, 1:], b.masks, atol=1e-12) == (version == "v2")
+
+
+class Kernels(TorchDispatchMode):
+    """Writes down every operation and the shapes it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append((str(func), [tuple(x.shape) for x in args if isinstance(x, torch.Tensor)]))
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_freezing_a_head_does_not_change_its_kernels(version):
+    """A linear of a view takes another one when its weight requires grad: old scores would move in the last bit."""
+    head, taps = make_head(version), [tap[:, 1:] for tap in make_taps()]
+    seen = []
+    for learning in (True, False):
+        head.requires_grad_(learning)
+        with Kernels() as kernels:
+            head(taps, (LENGTH - 1, 1))
+        seen.append(kernels.seen)
+    assert len(seen[0]) > 100
+    assert seen[0] == seen[1]
 
 
 def test_only_v1_has_self_attention():

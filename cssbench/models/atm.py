@@ -65,13 +65,18 @@ class CrossAttention(nn.Module):
 
 
 class ATMLayer(nn.Module):
-    """Post-norm decoder layer: (self-attention, v1 only) -> cross-attention -> FFN of 4d with ReLU."""
+    """Post-norm decoder layer: (self-attention, v1 only) -> cross-attention -> FFN of 4d with ReLU.
+
+    Inputs must be contiguous: for others PyTorch picks the kernel of a linear by whether its weight requires grad, and
+    freezing a head would move its output in the last bit. For the same reason self-attention gets (N, B, d), not
+    `batch_first`, which transposes inside.
+    """
 
     def __init__(self, width: int, config: ATMConfig):
         super().__init__()
         self.self_attention = None
         if config.version == "v1":
-            self.self_attention = nn.MultiheadAttention(width, config.heads, config.dropout, batch_first=True)
+            self.self_attention = nn.MultiheadAttention(width, config.heads, config.dropout)
             self.self_norm = nn.LayerNorm(width)
         self.cross_attention = CrossAttention(width, config.heads, config.dropout)
         self.cross_norm, self.ffn_norm = nn.LayerNorm(width), nn.LayerNorm(width)
@@ -82,7 +87,8 @@ class ATMLayer(nn.Module):
 
     def forward(self, queries: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         if self.self_attention is not None:
-            mixed = self.self_attention(queries, queries, queries, need_weights=False)[0]
+            turned = queries.transpose(0, 1).contiguous()
+            mixed = self.self_attention(turned, turned, turned, need_weights=False)[0].transpose(0, 1)
             queries = self.self_norm(queries + self.dropout(mixed))
         context, similarity = self.cross_attention(queries, tokens)
         queries = self.cross_norm(queries + self.dropout(context))
@@ -98,7 +104,7 @@ class ATMStage(nn.Module):
         self.layers = nn.ModuleList(ATMLayer(width, config) for _ in range(config.layers))
 
     def forward(self, queries: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        tokens = self.norm(self.project(tokens))
+        tokens = self.norm(self.project(tokens.contiguous()))
         similarity = tokens.new_zeros(())
         for layer in self.layers:
             queries, similarity = layer(queries, tokens)
@@ -128,7 +134,7 @@ class ATMHead(nn.Module):
 
     def forward(self, taps: list[Tensor], grid: tuple[int, int]) -> list[MaskPrediction]:
         """taps: (B, L, C) token maps, shallow first -> one prediction per stage, the last one for inference."""
-        queries = self.tokens.weight.expand(len(taps[0]), -1, -1)
+        queries = self.tokens.weight.repeat(len(taps[0]), 1, 1)
         masks: Tensor | None = None
         outputs = []
         for stage, tokens in zip(self.stages, reversed(taps), strict=True):

@@ -1,0 +1,110 @@
+"""From a finished step to scores: the one door through which commands and reports read numbers. No torch, no data.
+
+A run of ours is scored from its stored confusion matrices, under any protocol that reads a matrix it kept. A run
+imported from somebody's log (`provenance.json` has `imported`) has no matrices: each of its records holds
+`imported = {"protocol": id, "ious": {"<class id>": float in [0, 1], or null where the log has none}}`, and only that
+protocol can be told from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from cssbench.errors import RunError
+from cssbench.protocol import Protocol
+from cssbench.results import RunFolder, StepRecord
+
+Groups = Sequence[Sequence[int]]
+Scores = dict[str, float | None]
+
+
+def is_imported(run: RunFolder) -> bool:
+    """Whether the run was read from a log and has no matrices."""
+    return "imported" in run.provenance
+
+
+def can_score(run: RunFolder, protocol: Protocol) -> bool:
+    """Whether every finished step of `run` (at least one) holds what `protocol` reads. Damaged files raise RunError."""
+    records = run.records()
+    if is_imported(run):
+        return bool(records) and all(_imported(record)[0] == protocol.id for record in records)
+    return bool(records) and all(protocol.key in record.matrices for record in records)
+
+
+def step_ious(run: RunFolder, record: StepRecord, protocol: Protocol, groups: Groups | None = None) -> dict[int, float]:
+    """`Protocol.ious` of a finished step: class id -> IoU in [0, 1] of the classes seen by then.
+
+    groups: the class groups to score by; default the run's own. An oracle (a run of one step) has seen all of them.
+    Raises RunError when the step did not keep what `protocol` reads, or an imported log supports another protocol only.
+    """
+    groups = run.groups if groups is None else groups
+    seen = [c for group in groups[: _reached(run, record, groups) + 1] for c in group]
+    if not is_imported(run):
+        return protocol.ious(matrix(record, protocol), seen)
+    supported, ious = _imported(record)
+    if supported != protocol.id:
+        raise RunError(
+            f"{run.path} was imported from a log, which supports the protocol {supported} only: {protocol.id} needs "
+            f"confusion matrices. Score it with --protocol {supported}, or leave it out."
+        )
+    return {c: ious[c] for c in ([0] if protocol.background_in_mean else []) + seen if c in ious}
+
+
+def step_scores(run: RunFolder, record: StepRecord, protocol: Protocol, groups: Groups | None = None) -> Scores:
+    """`Protocol.scores` of a finished step: `base`, `incremental`, `all`, `group<t>`, in [0, 1]. As `step_ious`."""
+    groups = run.groups if groups is None else groups
+    return protocol.means(step_ious(run, record, protocol, groups), groups, _reached(run, record, groups))
+
+
+def run_scores(run: RunFolder, protocol: Protocol, groups: Groups | None = None) -> list[Scores]:
+    """`step_scores` of every finished step, in order."""
+    return [step_scores(run, record, protocol, groups) for record in run.records()]
+
+
+def alone_scores(run: RunFolder, record: StepRecord, protocol: Protocol) -> list[float | None]:
+    """For `continual.lost_parts`: mIoU of each earlier group g from the outputs of steps 0..g alone, scored as at step
+    g. None where no such matrix was kept (every step but the last, imported runs)."""
+    found: list[float | None] = []
+    for group in range(record.index):
+        there = {} if is_imported(run) else record.matrices
+        one = there.get(f"{protocol.key}.upto{group}")
+        found.append(None if one is None else protocol.scores(one, run.groups, group)[f"group{group}"])
+    return found
+
+
+def matrix(record: StepRecord, protocol: Protocol) -> np.ndarray:
+    """The matrix that `protocol` reads. Raises RunError when the run did not keep it."""
+    found = record.matrices
+    if protocol.key not in found:
+        kept = sorted(key for key in found if ".upto" not in key)
+        raise RunError(
+            f"{record.folder} kept no matrix {protocol.key!r}, which {protocol.id} reads; it has "
+            f"{', '.join(kept) or 'none'}. Choose a protocol of those, or run again with evaluate.geometries = "
+            f'["full", "crop"].'
+        )
+    return found[protocol.key]
+
+
+def _reached(run: RunFolder, record: StepRecord, groups: Groups) -> int:
+    """The last group that the model of `record` has learned: an oracle learns all in its only step."""
+    return len(groups) - 1 if run.num_steps == 1 else record.index
+
+
+def _imported(record: StepRecord) -> tuple[str, dict[int, float]]:
+    """(protocol id, IoU per class id) of an imported step. Raises RunError when they are not as the import writes."""
+    content: Any = record.content.get("imported")
+    try:
+        named, listed = content["protocol"], content["ious"]
+        ious = {int(c): None if v is None else float(v) for c, v in listed.items()}
+        sound = isinstance(named, str) and all(v is None or 0 <= v <= 1 for v in ious.values())
+    except (TypeError, KeyError, ValueError, AttributeError):
+        sound = False
+    if not sound:
+        raise RunError(
+            f"{record.folder / 'record.json'} is damaged: `imported` must hold a protocol id and an IoU between 0 and "
+            f"1, or null, per class id. Import the log again with `cssbench import`."
+        )
+    return named, {c: v for c, v in ious.items() if v is not None}
