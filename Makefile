@@ -11,10 +11,10 @@ demo: $(READY)  ## a small benchmark on generated data, on the CPU, with its HTM
 	$(BIN)/cssbench demo --out demo
 
 test: $(READY)  ## all tests but the slow ones
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-all: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -185,10 +185,10 @@ def check_sizes(config: RunConfig, model: Segmenter) -> None:
         sizes["evaluate.window"] = config.evaluate.window
     for name, size in sizes.items():
         if size % model.multiple:
-            below = size - size % model.multiple
+            near = {max(size // model.multiple, 1) * model.multiple, (size // model.multiple + 1) * model.multiple}
             raise ConfigError(
                 f"{name} = {size} is not a multiple of {model.multiple}, the patch size of model "
-                f"{config.model.name!r}. The nearest sizes are {below} and {below + model.multiple}."
+                f"{config.model.name!r}. Near it: {' or '.join(map(str, sorted(near)))}."
             )
 
 

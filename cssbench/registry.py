@@ -14,7 +14,7 @@ from typing import Any
 
 from cssbench.errors import PluginError, UnknownNameError
 
-GROUPS = ("methods", "models", "datasets", "scenarios", "recipes", "protocols", "reports")
+GROUPS = ("methods", "models", "datasets", "scenarios", "recipes", "protocols", "reports", "tools")
 
 
 @dataclass(frozen=True)

@@ -211,8 +211,7 @@ class RunFolder:
     def write_record(self, index: int, numbers: dict[str, Any]) -> None:
         """Write the record of a step whose files lie there, with their checksums and its own digest."""
         folder = self.step_folder(index)
-        folder.mkdir(parents=True, exist_ok=True)
-        sums = {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.is_file() and p.name != "record.json"}
+        sums = {p.name: sha256(p) for p in sorted(folder.glob("*")) if p.is_file() and p.name != "record.json"}
         run_sums = {name: sha256(self.path / name) for name in RUN_FILES if (self.path / name).is_file()}
         content = {"schema": SCHEMA, "step": index, "sha256": sums, "run_sha256": run_sums, **numbers}
         write_json(folder / "record.json", content | {"digest": content_digest(content)})

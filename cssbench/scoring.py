@@ -30,7 +30,7 @@ def can_score(run: RunFolder, protocol: Protocol) -> bool:
     """Whether every finished step of `run` (at least one) holds what `protocol` reads. Damaged files raise RunError."""
     records = run.records()
     if is_imported(run):
-        return bool(records) and all(_imported(record)[0] == protocol.id for record in records)
+        return bool(records) and all(imported_ious(record)[0] == protocol.id for record in records)
     return bool(records) and all(protocol.key in record.matrices for record in records)
 
 
@@ -44,7 +44,7 @@ def step_ious(run: RunFolder, record: StepRecord, protocol: Protocol, groups: Gr
     seen = [c for group in groups[: _reached(run, record, groups) + 1] for c in group]
     if not is_imported(run):
         return protocol.ious(matrix(record, protocol), seen)
-    supported, ious = _imported(record)
+    supported, ious = imported_ious(record)
     if supported != protocol.id:
         raise RunError(
             f"{run.path} was imported from a log, which supports the protocol {supported} only: {protocol.id} needs "
@@ -93,7 +93,7 @@ def _reached(run: RunFolder, record: StepRecord, groups: Groups) -> int:
     return len(groups) - 1 if run.num_steps == 1 else record.index
 
 
-def _imported(record: StepRecord) -> tuple[str, dict[int, float]]:
+def imported_ious(record: StepRecord) -> tuple[str, dict[int, float]]:
     """(protocol id, IoU per class id) of an imported step. Raises RunError when they are not as the import writes."""
     content: Any = record.content.get("imported")
     try:

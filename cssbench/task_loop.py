@@ -19,7 +19,7 @@ from cssbench.logs import StepLog
 from cssbench.method import StepContext
 from cssbench.models.segmenter import Segmenter, count_parameters, freeze_copy
 from cssbench.progress import say, track
-from cssbench.protocol import protocols
+from cssbench.protocol import DEFAULTS, get
 from cssbench.results import atomic_path, image_name
 from cssbench.scenario import Step
 from cssbench.trainer import fit, micro_batch
@@ -163,9 +163,9 @@ def _batches(n: int, size: int) -> list[list[int]]:
 
 
 def summary_line(made: Experiment, step: Step, matrices: dict[str, np.ndarray]) -> str:
-    """mIoU of base and all classes so far, under each protocol whose matrix is there."""
+    """mIoU of base and all classes so far, under each default protocol whose matrix is there."""
     parts = []
-    for protocol in protocols().values():
+    for protocol in map(get, DEFAULTS):
         if protocol.key in matrices:
             score = protocol.scores(matrices[protocol.key], made.scenario.groups, step.index)
             shown = ", ".join(f"{k} {100 * v:.2f}" for k in ("base", "all") if (v := score[k]) is not None)

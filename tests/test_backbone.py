@@ -73,7 +73,7 @@ def resized(position, grid, size):
 def same(found, expected):
     assert len(found) == len(expected)
     for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)
 
 
 def save(vit, path: Path, wrap=lambda state: state) -> str:
@@ -278,8 +278,9 @@ def test_pickled_objects_are_refused_and_never_run(tmp_path, writer):
         torch.save(state, path)
     else:
         path.write_bytes(pickle.dumps(state))
-    with pytest.raises(ModelError, match=r"weights\.pth' cannot be loaded .*holds tensors only"):
+    with pytest.raises(ModelError, match=r"weights\.pth' cannot be loaded .*holds tensors only") as refused:
         make(checkpoint=str(path))
+    assert "weights_only=False" not in str(refused.value)  # no way around is advertised
     assert not trace.exists()
     torch.load(path, weights_only=False) if writer == "torch" else pickle.loads(path.read_bytes())
     assert trace.exists()  # so the trap does work

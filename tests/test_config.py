@@ -106,8 +106,8 @@ def test_length_of_a_step():
     by_step = made("train.iterations=[7, 3]").train
     assert [by_step.length(t, 1000) for t in range(4)] == [7, 3, 3, 3]
     assert made("train.iterations=4").train.length(2, 1) == 4
-    epochs = made("train={epochs=[2.5, 1], batch_size=4}").train
-    assert [epochs.length(t, 10) for t in range(3)] == [6, 2, 2]  # 6.25, 2.5 (to even) and again
+    epochs = made("train={epochs=[1.5, 1], batch_size=4}").train
+    assert [epochs.length(t, 10) for t in range(3)] == [4, 2, 2]  # 3.75, 2.5 (to even) and again
     assert epochs.length(1, 1) == 1  # at least one
 
 

@@ -68,3 +68,45 @@ def test_unmeasurable_groups_stay_none_and_leave_means():
 def test_group_table_from_scores():
     scores = [{"all": 0.5, "group0": 0.6}, {"all": 0.5, "group0": 0.8, "group1": 0.7}]
     assert continual.group_table(scores) == [[0.6], [0.8, 0.7]]
+
+
+def test_forward_transfer_needs_models_trained_on_one_step_alone():
+    # groups 1 and 2 right after learning: 0.7, 0.9; alone 0.6 and 0.95. Group 0 has nothing before it.
+    assert continual.forward_transfer(TABLE, [0.1, 0.6, 0.95]) == pytest.approx((0.1 - 0.05) / 2)
+    assert continual.forward_transfer(TABLE, [None, 0.6, None]) == pytest.approx(0.1)
+    assert continual.forward_transfer(TABLE, None) is None
+    assert continual.forward_transfer([[0.6]], [0.5]) is None
+
+
+def test_intransigence_is_against_the_joint_model_of_the_steps_so_far():
+    # joint models of steps 0, 0..1, 0..2 score 0.62, 0.8, 0.85 on the newest group; own 0.6, 0.7, 0.9
+    assert continual.intransigence(TABLE, [0.62, 0.8, 0.85]) == pytest.approx([0.02, 0.1, -0.05])
+    assert continual.intransigence(TABLE, [None, None, 0.85]) == [None, None, pytest.approx(-0.05)]
+
+
+def test_plasticity_stability_rigidity():
+    assert continual.plasticity(TABLE) == pytest.approx((0.7 + 0.9) / 2)
+    assert continual.stability(TABLE) == pytest.approx((0.5 / 0.6 + 0.75 / 0.7) / 2)
+    assert continual.rigidity(TABLE) == 0.5
+    assert continual.plasticity([[0.6]]) is continual.stability([[0.6]]) is continual.rigidity([]) is None
+    assert continual.stability([[0.0], [0.2, 0.7], [0.1, 0.35, 0.9]]) == pytest.approx(0.5)  # group 0 had nothing
+
+
+def test_drop_to_oracle():
+    assert continual.drop_to_oracle(0.4, 0.5) == pytest.approx((0.1, 0.2))
+    assert continual.drop_to_oracle(0.6, 0.5) == pytest.approx((-0.1, -0.2))
+    assert continual.drop_to_oracle(0.4, None) == continual.drop_to_oracle(None, 0.5) == (None, None)
+    assert continual.drop_to_oracle(0.0, 0.0) == (0.0, None)
+
+
+def test_group_rows():
+    first, second, third = continual.group_rows(TABLE, [0.58, 0.7])
+    drops = {"drop": 0.1, "forgetting": 0.3, "lost to parameters": 0.02, "lost to competition": 0.08}
+    assert first == pytest.approx({"first": 0.6, "last": 0.5} | drops)
+    assert second["lost to parameters"] == 0.0
+    assert third == {"first": 0.9, "last": 0.9} | dict.fromkeys(drops)
+
+
+def test_every_measure_has_its_formula():
+    names = {*continual.summary(TABLE), *continual.group_rows(TABLE, [None, None])[0]}
+    assert names <= continual.FORMULAS.keys()

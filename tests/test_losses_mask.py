@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 
+from cssbench.losses import mask
 from cssbench.losses.mask import class_presence, dice_loss, focal_loss, mask_losses, presence_loss
 
 POSITIONS = range(3, 6)  # three new classes after two old ones
@@ -240,3 +243,34 @@ def test_half_precision_is_finite_even_for_sure_logits(dtype):
     assert all(torch.isfinite(x).all() for x in (*terms, masks.grad, classes.grad))
     wide = mask_losses(masks.detach().double(), labels, present, POSITIONS, 5)
     assert [x.item() for x in terms[:2]] == pytest.approx([x.item() for x in wide], rel=1e-5)
+
+
+def test_query_distillation_by_hand():
+    old = torch.tensor([[[0.0, math.log(3.0)], [5.0, 5.0]]], requires_grad=True)  # P = (1/4, 3/4), (1/2, 1/2)
+    new = torch.tensor([[[0.0, 0.0], [math.log(3.0), 0.0]]], requires_grad=True)  # P = (1/2, 1/2), (3/4, 1/4)
+    loss = mask.query_distillation(new, old)
+    expected = (math.log(2) - 0.5 * (math.log(0.75) + math.log(0.25))) / 2
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    loss.backward()
+    assert old.grad is None
+    torch.testing.assert_close(new.grad, torch.tensor([[[0.25, -0.25], [0.25, -0.25]]]) / 2)
+
+
+def test_mask_distillation_by_hand():
+    old = torch.tensor([[[[math.log(3.0), 0.0]]]], requires_grad=True)  # 3/4, 1/2
+    new = torch.tensor([[[[0.0, math.log(3.0)]]]], requires_grad=True)  # 1/2, 3/4
+    loss = mask.mask_distillation(new, old)
+    expected = (math.log(2) - 0.5 * (math.log(0.75) + math.log(0.25))) / 2
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    loss.backward()
+    assert old.grad is None
+    torch.testing.assert_close(new.grad, torch.tensor([[[[-0.25, 0.25]]]]) / 2)
+
+
+@pytest.mark.parametrize("distil", [mask.query_distillation, mask.mask_distillation])
+def test_distillation_of_queries_is_finite_in_half_precision_and_least_where_models_agree(distil):
+    generator = torch.Generator().manual_seed(0)
+    old, noise = torch.randn(2, 2, 3, 4, 4, generator=generator) * 3
+    assert torch.isfinite(distil(100 * old.bfloat16(), 100 * old))
+    assert distil(old, old.bfloat16()).dtype == torch.float32
+    assert distil(old, old) < distil(old + noise, old)

@@ -29,6 +29,7 @@ def test_every_package_folder_is_listed():
 def test_every_data_file_is_shipped():
     patterns = SETUPTOOLS["package-data"]
     homes = {"cssbench/data": "cssbench.data", "scenarios": "cssbench.scenarios", "reports": "cssbench.reports"}
+    homes["reports/published"] = "cssbench.reports"
     homes["baselines/recipes"] = "cssbench.baselines.recipes"
     for folder, package in homes.items():
         for file in (ROOT / folder).iterdir():
@@ -42,7 +43,7 @@ def test_installed_entry_points_are_those_of_the_checkout():
         assert installed == parts, f"{group}: run `pip install -e .` again"
 
 
-@pytest.mark.parametrize("group", ["methods", "models", "datasets", "reports"])
+@pytest.mark.parametrize("group", ["methods", "models", "datasets", "reports", "tools"])
 def test_every_part_loads(group: str):
     for name in registry.parts(group):
         assert callable(registry.load(group, name))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from fractions import Fraction as F
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 
 from cssbench import protocol
 from cssbench.errors import RunError, UnknownNameError
+from cssbench.metrics.confusion import confusion
 
 # Rows: truth (void, 1, 2, 3); columns: prediction (background, 1, 2, 3).
 MATRIX = np.array([[5, 2, 1, 0], [1, 6, 1, 0], [0, 2, 8, 2], [3, 0, 1, 4]])
@@ -117,3 +122,178 @@ def test_names_and_versions(plop, mmseg):
     assert (plop.key, mmseg.key) == ("crop.all", "full.foreground")
     with pytest.raises(UnknownNameError, match=r"Did you mean 'plop@1'"):
         protocol.get("plop@2")
+
+
+# Four images of 2 x 3 pixels, classes 1, 2 | 3, 4; no pixel of class 4 in the truth. `crop` is the left 2 x 2 of each.
+TRUTH = [[[1, 1, 0], [1, 2, 2]], [[2, 2, 3], [2, 0, 3]], [[3, 3, 3], [0, 0, 1]], [[1, 2, 3], [0, 3, 0]]]
+PREDICTED = {
+    (0, "all"): [[[1, 1, 0], [0, 2, 2]], [[2, 1, 0], [2, 0, 1]], [[0, 2, 2], [0, 0, 1]], [[1, 2, 0], [1, 0, 0]]],
+    (0, "foreground"): [[[1, 1, 2], [1, 2, 2]], [[2, 1, 1], [2, 1, 1]], [[1, 2, 2], [2, 1, 1]], [[1, 2, 2], [1, 1, 2]]],
+    (1, "all"): [[[1, 1, 1], [0, 2, 2]], [[2, 1, 3], [2, 0, 0]], [[3, 0, 4], [0, 2, 1]], [[1, 2, 2], [0, 3, 3]]],
+    (1, "foreground"): [[[1, 1, 1], [1, 2, 2]], [[2, 1, 3], [2, 4, 3]], [[3, 2, 4], [1, 2, 1]], [[1, 2, 2], [3, 3, 3]]],
+}
+
+
+def tiny(step: int, key: str) -> np.ndarray:
+    """The matrix of the four images after a step: `<geometry>.<rule>`."""
+    geometry, rule = key.split(".")
+    width = {"full": 3, "crop": 2}[geometry]
+    pairs = zip(torch.tensor(TRUTH), torch.tensor(PREDICTED[step, rule]), strict=True)
+    return sum(confusion(t[:, :width], p[:, :width], 4) for t, p in pairs).numpy()
+
+
+def test_tiny_matrices_by_hand():
+    assert tiny(0, "crop.all").tolist() == [[3, 1, 0, 0, 0], [1, 3, 0, 0, 0], [0, 1, 4, 0, 0], [2, 0, 1, 0, 0], [0] * 5]
+    full = [[0, 2, 1, 2, 1], [0, 5, 0, 0, 0], [0, 1, 5, 0, 0], [0, 0, 2, 4, 1], [0] * 5]
+    assert tiny(1, "full.foreground").tolist() == full
+
+
+# Protocol -> step -> class -> TP / (GT + PRED - TP), counted by hand; and base, incremental, all of these fractions.
+BY_HAND = {
+    "mmseg150@1": [
+        # void and class 3 left out: GT 5, 6; PRED 5 + 1, 5
+        ({1: F(5, 5 + 6 - 5), 2: F(5, 6 + 5 - 5)}, F(5, 6), None, F(5, 6)),
+        # GT 5, 6, 7; PRED 5 + 1, 5 + 2, 4
+        (
+            {1: F(5, 5 + 6 - 5), 2: F(5, 6 + 7 - 5), 3: F(4, 7 + 4 - 4)},
+            F(35, 48),
+            F(4, 7),
+            F(341, 504),
+        ),
+    ],
+    "plop@1": [
+        # void and class 3 are background: GT 4 + 3, 4, 5; PRED 3 + 1 + 2, 1 + 3 + 1, 4 + 1
+        ({0: F(5, 7 + 6 - 5), 1: F(3, 4 + 5 - 3), 2: F(4, 5 + 5 - 4)}, F(43, 72), None, F(43, 72)),
+        # GT 4, 4, 5, 3; PRED 3 + 1 + 1, 3 + 1, 4 + 1, 2
+        (
+            {0: F(3, 4 + 5 - 3), 1: F(3, 4 + 4 - 3), 2: F(4, 5 + 5 - 4), 3: F(2, 3 + 2 - 2)},
+            F(53, 90),
+            F(2, 3),
+            F(73, 120),
+        ),
+    ],
+    "mib@1": [
+        # void and class 3 left out, predictions of background are misses: GT 4, 5; PRED 3 + 1, 4
+        ({1: F(3, 4 + 4 - 3), 2: F(4, 5 + 4 - 4)}, F(7, 10), None, F(7, 10)),
+        # GT 4, 5, 3; PRED 3 + 1, 4, 2
+        ({1: F(3, 4 + 4 - 3), 2: F(4, 5 + 4 - 4), 3: F(2, 3 + 2 - 2)}, F(7, 10), F(2, 3), F(31, 45)),
+    ],
+    "ssul@1": [
+        # void is background, class 3 left out: GT 4, 4, 5; PRED 3 + 1, 1 + 3 + 1, 4
+        ({0: F(3, 4 + 4 - 3), 1: F(3, 4 + 5 - 3), 2: F(4, 5 + 4 - 4)}, F(19, 30), None, F(19, 30)),
+        # as plop, but class 4 counts as 0
+        ({0: F(1, 2), 1: F(3, 5), 2: F(2, 3), 3: F(2, 3), 4: F(0)}, F(53, 90), F(1, 3), F(73, 150)),
+    ],
+    "ssul-nonzero@1": [
+        ({0: F(3, 5), 1: F(1, 2), 2: F(4, 5)}, F(19, 30), None, F(19, 30)),
+        # the zero of class 4 stays in incremental and leaves all
+        ({0: F(1, 2), 1: F(3, 5), 2: F(2, 3), 3: F(2, 3), 4: F(0)}, F(53, 90), F(1, 3), F(73, 120)),
+    ],
+    "dkd@1": [
+        # class 3 is truth of class 0, which is never predicted; void adds 3, 1 to PRED:
+        # GT 3, 4, 5; PRED 0, 4 + 1 + 2 + 3, 4 + 1 + 1
+        ({0: F(0), 1: F(4, 4 + 10 - 4), 2: F(4, 5 + 6 - 4)}, F(34, 105), None, F(34, 105)),
+        # no truth of class 0 left; void adds 1, 1, 1, 1 to PRED: GT 4, 5, 3; PRED 4 + 1 + 1, 4 + 1 + 1, 2 + 1.
+        # base of 3 entries (0, 1, 2), incremental of 2: (3 * 13/21 + 2 * 1/2) / 5
+        (
+            {1: F(4, 4 + 6 - 4), 2: F(4, 5 + 6 - 4), 3: F(2, 3 + 3 - 2)},
+            F(13, 21),
+            F(1, 2),
+            F(4, 7),
+        ),
+    ],
+    "m2f-bg@1": [
+        # GT 6 + 7, 5, 6; PRED 5 + 1 + 4, 1 + 4 + 1 + 1, 5 + 2; class 0 in all, not in base
+        ({0: F(9, 13 + 10 - 9), 1: F(4, 5 + 7 - 4), 2: F(5, 6 + 7 - 5)}, F(9, 16), None, F(33, 56)),
+        # GT 6, 5, 6, 7; PRED 3 + 1 + 2, 1 + 4 + 1, 1 + 5 + 1, 1 + 3
+        (
+            {0: F(3, 6 + 6 - 3), 1: F(4, 5 + 6 - 4), 2: F(5, 6 + 7 - 5), 3: F(3, 7 + 4 - 3)},
+            F(67, 112),
+            F(3, 8),
+            F(10, 21),
+        ),
+    ],
+}
+
+
+def test_every_built_in_protocol_is_worked_out_by_hand():
+    assert list(BY_HAND) == [p.id for p in protocol.BUILT_IN]
+
+
+@pytest.mark.parametrize("step", [0, 1])
+@pytest.mark.parametrize("name", BY_HAND)
+def test_four_tiny_images_by_hand(name: str, step: int):
+    each, (ious, base, incremental, every) = protocol.get(name), BY_HAND[name][step]
+    groups = [[1, 2], [3, 4]]
+    matrix = tiny(step, each.key)
+    assert each.ious(matrix, [c for group in groups[: step + 1] for c in group]) == pytest.approx(ious)
+    scores = each.scores(matrix, groups, step)
+    wanted = {"base": base, "group0": base, "incremental": incremental, "all": every}
+    wanted |= {"group1": incremental} if step else {}
+    assert {k: v if v is None else pytest.approx(float(v)) for k, v in wanted.items()} == scores
+
+
+def test_seven_protocols_give_seven_numbers():
+    """One model, one set of outputs: no two conventions agree on `all` over both steps."""
+    seen = {
+        tuple(
+            protocol.get(name).scores(tiny(step, protocol.get(name).key), [[1, 2], [3, 4]], step)["all"]
+            for step in (0, 1)
+        )
+        for name in BY_HAND
+    }
+    assert len(seen) == 7
+
+
+@pytest.mark.parametrize(("name", "n_base", "n_all"), [("ssul@1", 101, 151), ("dkd@1", 101, 151), ("mib@1", 100, 150)])
+def test_weights_of_base_and_incremental_in_all(name: str, n_base: int, n_all: int):
+    matrix = np.random.default_rng(0).integers(1, 100, (151, 151))
+    s = protocol.get(name).scores(matrix, [list(range(1, 101)), list(range(101, 151))], 1)
+    assert s["all"] == pytest.approx((n_base * s["base"] + 50 * s["incremental"]) / n_all)
+
+
+def test_weighted_mean_without_one_part():
+    dkd = protocol.get("dkd@1")
+    assert dkd.means({1: 0.5}, [[1], [2]], 1)["all"] == 0.5
+    assert dkd.means({2: 0.25}, [[1], [2]], 1)["all"] == 0.25
+    assert dkd.means({}, [[1], [2]], 1)["all"] is None
+
+
+def test_nonzero_mean_of_nothing_is_none():
+    assert protocol.get("ssul-nonzero@1").scores(np.zeros((3, 3), np.int64), [[1], [2]], 1)["all"] is None
+
+
+def test_explain_says_what_is_scored_and_who_uses_it():
+    words = {name: protocol.get(name).explain() for name in BY_HAND}
+    assert words["mib@1"]["void pixels"] == "raw 0, ignored"
+    assert "evaluate.background_threshold" in words["plop@1"]["prediction"]
+    assert "plays no part" in words["mmseg150@1"]["prediction"]
+    assert "513" in words["ssul@1"]["known deviations"]
+    assert "known deviations" not in words["plop@1"]
+    assert len({tuple(sentences.items()) for sentences in words.values()}) == 7
+
+
+def test_protocol_show_and_list(command):
+    code, out, _ = command("protocol", "show", "m2f-bg")
+    assert code == 0
+    assert out.startswith("m2f-bg@1: full-size images;")
+    assert "used by: CoMFormer, ECLIPSE." in out
+    assert all(name in command("list", "protocols")[1] for name in BY_HAND)
+    code, _, err = command("protocol", "show", "plopp")
+    assert (code, "Did you mean 'plop@1'" in err) == (2, True)
+
+
+def test_the_page_of_the_docs_agrees_with_the_objects_and_the_hand_worked_numbers():
+    page = (Path(__file__).parents[1] / "docs" / "protocols.md").read_text(encoding="utf-8")
+    rows = {line.split("`")[1]: [] for line in page.splitlines() if line.startswith("| `")}
+    for line in page.splitlines():
+        if line.startswith("| `"):
+            rows[line.split("`")[1]].append([cell.strip() for cell in line.strip("| ").split("|")])
+    assert list(rows) == list(BY_HAND)
+    for name, (rules, numbers) in rows.items():
+        each, (_, *means) = protocol.get(name), BY_HAND[name][1]
+        assert rules[1] == each.used_by
+        assert rules[2].startswith(each.geometry) or rules[2] == "centre crop"
+        assert (rules[3] == "classes") == (each.rule == "foreground")
+        assert rules[7] == {"drop": "left out", "zero": "count as 0"}[each.absent]
+        assert numbers[1:4] == [f"{100 * float(mean):.2f}" for mean in means]

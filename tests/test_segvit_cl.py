@@ -439,3 +439,18 @@ def test_absent_weight_of_later_steps_replaces_the_models_own():
         assert own["class"] != other["class"]
         assert method.loss(ctx, batch) == (own if step.index == 0 else other)
         assert SegViTCL().loss(ctx, batch) == own
+
+
+def test_freezing_reaches_parameters_that_hang_on_the_model_itself():
+    class Bare(Segmenter):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(()))
+
+        def grow(self, step):
+            self.heads.append(torch.nn.Linear(2, 2))
+
+    model = Bare()
+    model.grow(None)
+    model.freeze_old()
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["heads.0.weight", "heads.0.bias"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from hashlib import sha256
 from itertools import chain, islice
 from pathlib import Path
 
@@ -183,6 +184,9 @@ def test_holdout_hangs_on_the_name_alone():
     part = STEMS[::-3]
     assert split_holdout(part, 0.2)[1] == [s for s in part if s in held]
     assert held < set(split_holdout(STEMS, 0.4)[1])  # a larger share keeps what was held out
+    # and on no library: the first 64 bits of a SHA-256, as a fraction
+    fractions = [int(sha256(f"holdout {s}".encode()).hexdigest()[:16], 16) / 2**64 for s in STEMS]
+    assert held == {s for s, fraction in zip(STEMS, fractions, strict=True) if fraction < 0.2}
 
 
 def test_stem_numbers_never_change():

@@ -139,6 +139,16 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(finished: Run
                            weights(finished, 0)["backbone.vit.blocks.0.mlp.fc1.weight"])  # fmt: skip
 
 
+def test_the_base_step_of_fine_tuning_is_that_of_segvit_cl(finished: RunFolder, recipe, tmp_path: Path):
+    """Both train the model's own loss there: with one seed, the same weights and matrices."""
+    other = start(recipe, tmp_path / "finetune", "method.name=finetune")
+    one, two = weights(finished, 0), weights(other, 0)
+    assert all(torch.equal(one[name], two[name]) for name in one.keys() | two.keys())
+    for key, matrix in finished.records()[0].matrices.items():
+        np.testing.assert_array_equal(matrix, other.records()[0].matrices[key])
+    assert not torch.equal(weights(finished, 1)["heads.0.tokens.weight"], weights(other, 1)["heads.0.tokens.weight"])
+
+
 @pytest.mark.parametrize("method", ["segvit-cl", "finetune"])
 def test_resume_after_a_step_equals_an_uninterrupted_run(recipe, tmp_path: Path, method: str):
     whole = start(recipe, tmp_path / "whole", f"method.name={method}")

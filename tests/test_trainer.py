@@ -53,6 +53,7 @@ class Linear(Segmenter):
         self.first = nn.Conv2d(3, 4, 1)
         self.shift = Shift()
         self.seen_types: list[torch.dtype] = []
+        self.grad_modes: list[bool] = []
 
     def grow(self, step: Step) -> None:
         self.heads.append(nn.Conv2d(4, len(step.new) + (step.index == 0), 1))
@@ -60,6 +61,7 @@ class Linear(Segmenter):
     def forward(self, images: Tensor) -> LinearOutput:
         hidden = self.first(images)
         self.seen_types.append(hidden.dtype)
+        self.grad_modes.append(torch.is_grad_enabled())
         hidden = hidden.relu() + self.shift.offset
         ready = torch.cat([head(hidden) for head in self.heads], dim=1)
         return LinearOutput((images.shape[-2], images.shape[-1]), [hidden], ready)
@@ -201,16 +203,17 @@ def test_optimisers_are_what_the_recipe_says():
     make_optimizer(OptimConfig(name="sgd", momentum=0.0), [group], 0)  # torch refuses Nesterov without momentum
 
 
-def test_one_step_of_sgd_by_hand():
-    ctx = context()
-    before, batch = weights(ctx), images_of(0)
-    reference = model_of(0)
-    reference.loss(reference(batch["images"]), batch["labels"])["ce"].backward()
-    train(ctx, iterations=1, optim={"lr": 0.1, "head_lr_scale": 10.0})
-    for name, parameter in reference.named_parameters():
-        if parameter.grad is not None:
-            rate = 1.0 if name.startswith("heads") else 0.1
-            torch.testing.assert_close(weights(ctx)[name], before[name] - rate * parameter.grad)
+def test_two_steps_of_sgd_by_hand():
+    ctx, reference = context(), model_of(0)
+    train(ctx, iterations=2, optim={"lr": 0.1, "head_lr_scale": 10.0})
+    for factor, batch in zip((1.0, 0.5), (images_of(0), images_of(1)), strict=True):
+        loss = reference.loss(reference(batch["images"]), batch["labels"])["ce"]
+        names, parameters = zip(*reference.named_parameters(), strict=True)
+        with torch.no_grad():
+            for name, parameter, slope in zip(names, parameters, torch.autograd.grad(loss, parameters), strict=True):
+                parameter -= factor * (1.0 if name.startswith("heads") else 0.1) * slope
+    for name, tensor in weights(ctx).items():
+        torch.testing.assert_close(tensor, reference.state_dict()[name], msg=name)
 
 
 @pytest.mark.parametrize("parts", [2, 4])
@@ -387,10 +390,10 @@ def test_the_previous_model_runs_once_without_gradients():
             self.seen = [*getattr(self, "seen", []), batch]
             return super().loss(ctx, batch)
 
-    previous = freeze_copy(model_of(0))
+    previous: Any = freeze_copy(model_of(0))
     ctx, method = context(1, previous), Watching()
     train(ctx, method, iterations=2)
-    assert len(previous.seen_types) == 2  # type: ignore[arg-type]
+    assert previous.grad_modes == [False, False]  # also keeps no buffers for a backward pass
     for batch, loaded in zip(method.seen, [images_of(0), images_of(1)], strict=True):
         assert batch.previous is not None
         assert batch.previous.scores.shape == (8, 3, 5, 4)

@@ -1,6 +1,7 @@
 """The command line. Torch and the rest are imported inside commands, so that `--help` and `list` answer at once.
 
-Exit codes: 0 done, 2 a user's mistake (one paragraph, no traceback), 130 interrupted.
+Exit codes: 0 done, 1 a `--strict` check found something, 2 a user's mistake (one paragraph, no traceback), 130
+interrupted.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import typer
 from rich.console import Console
 
 import cssbench
-from cssbench.cli import data, listing, run, scenario
+from cssbench.cli import data, listing, published, run, scenario, score
 from cssbench.errors import CssbenchError
 
 app = typer.Typer(
@@ -26,6 +27,8 @@ app.add_typer(scenario.app, name="scenario")
 app.add_typer(data.app, name="data")
 run.register(app)
 listing.register(app)
+score.register(app)
+published.register(app)
 
 
 @app.callback(invoke_without_command=True)

@@ -45,6 +45,23 @@ def presence_loss(classes: Tensor, present: Tensor, absent_weight: float = 0.1) 
     return F.cross_entropy(logits, target.flatten(), weight=weight)
 
 
+def query_distillation(new: Tensor, old: Tensor) -> Tensor:
+    """Cross-entropy from the old to the new class outputs of each query, mean over queries; scalar, no gradient to old.
+
+    new, old: (B, N, O) logits of the same queries.
+    """
+    target = full_precision(old.detach()).softmax(-1)
+    return -(target * full_precision(new).log_softmax(-1)).sum(-1).mean()
+
+
+def mask_distillation(new: Tensor, old: Tensor) -> Tensor:
+    """Binary cross-entropy from the old to the new mask probabilities, mean over queries and cells; scalar.
+
+    new, old: (B, N, h, w) logits of the same queries. No gradient to old.
+    """
+    return F.binary_cross_entropy_with_logits(full_precision(new), full_precision(old.detach()).sigmoid())
+
+
 def focal_loss(
     logits: Tensor, targets: Tensor, alpha: float = 0.25, gamma: float = 2.0, valid: Tensor | None = None
 ) -> Tensor:

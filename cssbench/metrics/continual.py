@@ -26,6 +26,11 @@ FORMULAS = {
     "lost to parameters": "mIoU(group, right after learning it) - mIoU(group, T, later outputs left out)",
     "lost to competition": "mIoU(group, T, later outputs left out) - mIoU(group, T)",
     "BWT": "mean over groups g < T of mIoU(g, T) - mIoU(g, g)   [Lopez-Paz & Ranzato 2017, eq. 3]",
+    "FWT": "mean over groups g > 0 of mIoU(g, g) - mIoU(g, a model trained on step g alone)   [Wang et al. 2024]",
+    "intransigence": "mIoU(g, joint model of steps 0..g) - mIoU(g, g)   [Chaudhry et al. 2018]",
+    "plasticity": "mean over groups g > 0 of mIoU(g, g): new classes right after learning them",
+    "stability": "mean over groups g < T of mIoU(g, T) / mIoU(g, g): the part that is kept, 1 where nothing is lost",
+    "rigidity": "mIoU of the base classes after the last step, which is `base`   [thesis, section 4.3.6]",
 }
 
 
@@ -63,6 +68,85 @@ def drop(table: Table) -> list[float | None]:
 def backward_transfer(table: Table) -> float | None:
     """BWT: mean over groups before the last of (last - just learned). Lopez-Paz & Ranzato 2017, eq. 3."""
     return mean([None if d is None else -d for d in drop(table)])
+
+
+def forward_transfer(table: Table, single: Sequence[float | None] | None) -> float | None:
+    """FWT: mean over groups g > 0 of (mIoU right after learning g) - single[g], in [-1, 1].
+
+    single[g]: mIoU of group g by a model of the same kind trained from scratch on the images of step g alone. Needs
+    such runs; None without them. The form of Wang et al. 2024 (A Comprehensive Survey of Continual Learning). The
+    older one of Lopez-Paz & Ranzato 2017, eq. 4, scores group g *before* step g: a segmenter has no output for its
+    classes yet, their IoU is 0 by construction, so that form measures nothing here.
+    """
+    if single is None:
+        return None
+    return mean([_difference(table[g][g], single[g]) for g in range(1, len(table))])
+
+
+def intransigence(table: Table, oracle: Sequence[float | None]) -> list[float | None]:
+    """Per group: mIoU(g, joint model of steps 0..g) - mIoU(g, right after learning it). Chaudhry et al. 2018.
+
+    oracle[g]: mIoU of group g by the same model trained jointly on the classes of steps 0..g, None where there is no
+    such run. The joint run of all classes serves the last group only. Negative where the run is better.
+    """
+    return [_difference(oracle[g], table[g][g]) for g in range(len(table))]
+
+
+def plasticity(table: Table) -> float | None:
+    """Mean over groups g > 0 of the mIoU right after learning g, in [0, 1]. None with one step."""
+    return mean([table[g][g] for g in range(1, len(table))])
+
+
+def stability(table: Table) -> float | None:
+    """Mean over groups before the last of last mIoU / mIoU right after learning, 1 where nothing is lost.
+
+    Above 1 where old groups gained. Groups that start at 0 have nothing to lose and are left out.
+    """
+    last = len(table) - 1
+    pairs = [(table[last][g], table[g][g]) for g in range(last)]
+    return mean([after / before for after, before in pairs if after is not None and before])
+
+
+def rigidity(table: Table) -> float | None:
+    """mIoU of the base classes after the last step (thesis, section 4.3.6). None without a step."""
+    return table[-1][0] if table else None
+
+
+def group_rows(table: Table, alone: Sequence[float | None]) -> list[dict[str, float | None]]:
+    """Per group, the last included: its measures by their names in `FORMULAS` (thesis Table 4.12). alone: `lost_parts`.
+
+    The newest group has `first` and `last` alone: it had no step to lose anything in.
+    """
+    last = len(table) - 1
+    names = ("drop", "forgetting", "lost to parameters", "lost to competition")
+    columns = [drop(table), forgetting(table), *zip(*lost_parts(table, alone), strict=True)]
+    rows = []
+    for group in range(last + 1):
+        measured = [column[group] for column in columns] if group < last else [None] * len(names)
+        rows.append(
+            {"first": table[group][group], "last": table[last][group], **dict(zip(names, measured, strict=True))}
+        )
+    return rows
+
+
+def summary(table: Table) -> dict[str, float | None]:
+    """The measures of a run on its own, by their names in `FORMULAS`."""
+    return {
+        "mean forgetting": mean(forgetting(table)),
+        "BWT": backward_transfer(table),
+        "plasticity": plasticity(table),
+        "stability": stability(table),
+        "rigidity": rigidity(table),
+    }
+
+
+def drop_to_oracle(own: float | None, oracle: float | None) -> tuple[float | None, float | None]:
+    """(absolute, relative) drop: oracle - own, and that divided by the oracle. `oracle`: the run's own joint run.
+
+    The thesis' Table 4.11 prints the first in its ResNet and SegViT rows and the second, in %, in its ViT rows.
+    """
+    absolute = _difference(oracle, own)
+    return absolute, absolute / oracle if absolute is not None and oracle else None
 
 
 def lost_parts(table: Table, alone: Sequence[float | None]) -> list[tuple[float | None, float | None]]:

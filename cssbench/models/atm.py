@@ -162,6 +162,17 @@ class ATMHead(nn.Module):
             return probability[..., None, None] * logits.sigmoid()
         return torch.einsum("bqc,bqhw->bchw", probability, logits.sigmoid())
 
+    def class_maps(self, prediction: MaskPrediction, size: tuple[int, int]) -> Tensor:
+        """(B, N, H, W) logits: raw class logits times mask probabilities, for per-pixel losses (as CoMFormer's ports).
+
+        v2: (present - absent)[c] sigmoid(M[c]). v1: sum over q of classes[q, c] sigmoid(M[q]), 'no object' left out.
+        """
+        masks = F.interpolate(full_precision(prediction.masks), size=size, mode="bilinear", align_corners=False)
+        classes = full_precision(prediction.classes)
+        if self.version == "v2":
+            return (classes[..., 0] - classes[..., 1])[..., None, None] * masks.sigmoid()
+        return torch.einsum("bqc,bqhw->bchw", classes[..., :-1], masks.sigmoid())
+
 
 def head_width(config: ATMConfig, encoder_width: int) -> int:
     """d. Raises ModelError when it is not a multiple of the number of attention heads."""

@@ -1,12 +1,14 @@
-"""timm plain ViTs as token maps of chosen blocks. The only module that names timm.
+"""timm encoders: plain ViTs as token maps of chosen blocks, ResNets as feature maps. The only module that names timm.
 
-As in the public SegViT code: features are raw block outputs without the final norm; class and register tokens receive
-their position embedding and are dropped before block 1 (`prefix_tokens="drop"`), or stay until the taps (`"keep"`).
+ViT, as in the public SegViT code: features are raw block outputs without the final norm; class and register tokens
+receive their position embedding and are dropped before block 1 (`prefix_tokens="drop"`), or stay until the taps
+(`"keep"`).
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +16,7 @@ import timm
 from pydantic import Field, PositiveInt
 from timm.layers import PatchEmbed
 from timm.models import load_state_dict
+from timm.models.resnet import Bottleneck, ResNet
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
@@ -145,8 +148,9 @@ def _load(vit: VisionTransformer, path: str) -> None:
     try:
         weights = checkpoint_filter_fn(load_state_dict(path, weights_only=True), vit)
     except Exception as error:  # whatever a foreign file makes its readers raise
+        reason = re.split(r"\. |\n", str(error))[0]  # torch goes on to explain how to load unsafe files all the same
         raise ModelError(
-            f"model.backbone.checkpoint {path!r} cannot be loaded ({type(error).__name__}: {error}). Give a "
+            f"model.backbone.checkpoint {path!r} cannot be loaded ({type(error).__name__}: {reason}). Give a "
             f"safetensors file, or a .pth that holds tensors only, of the same model in timm's names."
         ) from error
     own = vit.state_dict()
@@ -161,6 +165,85 @@ def _load(vit: VisionTransformer, path: str) -> None:
             f"of another shape, the first being {wrong[0]!r}. Name the model (and sizes) that it was saved from."
         )
     vit.load_state_dict({name: weights[name] for name in own})
+
+
+class ResNetConfig(Section):
+    """A timm ResNet."""
+
+    name: str = "resnet101"
+    pretrained: bool = Field(False, description="download timm's weights (or take them from its cache)")
+    checkpoint: str | None = Field(None, description="local file of weights (safetensors, or .pth of tensors)")
+    output_stride: Literal[8, 16, 32] = Field(16, description="input px per cell of the last map; by dilation")
+    mean: tuple[float, float, float] | None = Field(
+        None, description="normalisation; None: as timm states for the weights"
+    )
+    std: tuple[float, float, float] | None = None
+
+
+class ResNetBackbone(nn.Module):
+    """images (B, 3, H, W) -> maps of the 4 residual stages, each before its last activation, as PLOP compares them.
+
+    Attributes: `width`, channels of the last map; `pixel_mean`, `pixel_std`. Raises ModelError on an unknown name, a
+    model that is not a ResNet, or a checkpoint that is missing, unsafe or of another model.
+    """
+
+    def __init__(self, config: ResNetConfig):
+        super().__init__()
+        self.config = config
+        self.resnet = _build_resnet(config)
+        self.width: int = self.resnet.num_features
+        for stage in self._stages():
+            last: Any = stage[-1]
+            setattr(last, "act3" if isinstance(last, Bottleneck) else "act2", nn.Identity())
+        default: Any = self.resnet.pretrained_cfg
+        self.pixel_mean = tuple(config.mean or default.get("mean") or (0.485, 0.456, 0.406))
+        self.pixel_std = tuple(config.std or default.get("std") or (0.229, 0.224, 0.225))
+
+    def _stages(self) -> list[Any]:
+        return [self.resnet.layer1, self.resnet.layer2, self.resnet.layer3, self.resnet.layer4]
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        net = self.resnet
+        x = net.maxpool(net.act1(net.bn1(net.conv1(images))))
+        maps = []
+        for stage in self._stages():
+            maps.append(stage(x))
+            x = maps[-1].relu()
+        return maps
+
+
+def _build_resnet(config: ResNetConfig) -> ResNet:
+    names = timm.list_models("*resnet*")
+    if config.name.split(".")[0] not in names:
+        near = difflib.get_close_matches(config.name, names, n=3, cutoff=0.5)
+        raise ModelError(
+            f"timm has no ResNet {config.name!r}. Did you mean {' or '.join(map(repr, near or names[:3]))}?"
+        )
+    if config.checkpoint and not Path(config.checkpoint).is_file():
+        raise ModelError(f"model.backbone.checkpoint names {config.checkpoint!r}, which is not a file.")
+    kind: Any = None
+    try:
+        net = timm.create_model(
+            config.name,
+            pretrained=config.pretrained and not config.checkpoint,
+            num_classes=0,
+            output_stride=config.output_stride,
+        )
+        kind = type(net).__name__
+    except Exception as error:  # whatever another family makes of a ResNet's arguments, or a failed download
+        raise ModelError(f"timm cannot build {config.name!r} as a ResNet: {error}") from error
+    if not isinstance(net, ResNet):
+        raise ModelError(f"{config.name!r} is a {kind}, not a ResNet of timm. Choose one such as 'resnet101'.")
+    if config.checkpoint:
+        try:
+            weights = load_state_dict(config.checkpoint, weights_only=True)
+            net.load_state_dict({k: v for k, v in weights.items() if not k.startswith("fc.")})
+        except Exception as error:  # whatever a foreign file makes its readers raise
+            raise ModelError(
+                f"model.backbone.checkpoint {config.checkpoint!r} cannot be loaded ({type(error).__name__}: {error}). "
+                f"Give a safetensors file, or a .pth that holds tensors only, of the same model in timm's names."
+            ) from error
+    return net
 
 
 def known_backbones(pattern: str = "vit_*") -> list[str]:

@@ -36,18 +36,42 @@ class SegOutput:
         """(B, C, H, W): what a softmax over classes applies to. Same channels as `scores`."""
         return self.scores
 
+    # What distillation methods read; a model that offers it sets `Segmenter.pixel_output`.
+
+    @cached_property
+    def pixel_logits(self) -> Tensor:
+        """(B, 1 + seen classes, H, W): what a softmax over background (always channel 0) and classes applies to."""
+        return self.logits
+
+    @property
+    def embedding(self) -> Tensor:
+        """(B, D, h, w): what the classifier reads (REMINDER's prototypes)."""
+        return self.features[-1]
+
+    @property
+    def encoded(self) -> Tensor:
+        """(B, D, h, w): the encoder's output (ILT's feature term)."""
+        return self.features[-1]
+
+    def pod_maps(self, num_outputs: int) -> list[Tensor]:
+        """(B, D, h, w) maps that PLOP compares, the output map last, as if the model had `num_outputs` outputs
+        (background included): then those of the current and the previous model have the same shapes."""
+        raise NotImplementedError
+
 
 class Segmenter(nn.Module):
     """Base of all models. Registered under `cssbench.models`, built as `cls(cls.Config(...))`, then grown.
 
     Attributes: `has_background`: is position 0 an output?  `pixel_mean`, `pixel_std`: normalisation of 0..1 RGB;
-    `multiple`: H and W of an input must be multiples of this, px.
+    `multiple`: H and W of an input must be multiples of this, px; `pixel_output`: does its output offer what
+    distillation methods read (`SegOutput.pixel_logits` and below)?
     """
 
     class Config(Section):
         """No options."""
 
     has_background: bool = True
+    pixel_output: bool = False
     multiple: int = 1
     pixel_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     pixel_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -68,8 +92,11 @@ class Segmenter(nn.Module):
         """images: (B, 3, H, W), normalised. In training mode with `skip_frozen_heads`, frozen heads are left out."""
 
     @abstractmethod
-    def loss(self, output: Any, labels: Tensor) -> dict[str, Tensor]:
-        """The model's own supervised loss on labels (B, H, W) of positions; named scalars, weighted."""
+    def loss(self, output: Any, labels: Tensor, *, weight: Tensor | None = None) -> dict[str, Tensor]:
+        """The model's own supervised loss on labels (B, H, W) of positions; named scalars, weighted.
+
+        weight: (B,) factor per image (PLOP's adaptive factor), or None; required of models with `pixel_output`.
+        """
 
     @property
     def encoder(self) -> list[nn.Module]:
@@ -77,7 +104,7 @@ class Segmenter(nn.Module):
         return [child for child in self.children() if child is not self.heads]
 
     def freeze_old(self, skip_in_training: bool = False) -> None:
-        """Freeze the encoder and every head but the newest: no gradient, and eval mode that `train()` does not undo.
+        """Freeze everything but the newest head: no gradient, and eval mode that `train()` does not undo.
 
         skip_in_training: do not even run old heads in training mode (their output cannot change).
         """
@@ -85,6 +112,8 @@ class Segmenter(nn.Module):
         self.skip_frozen_heads = skip_in_training
         for module in self._frozen:
             module.requires_grad_(False)
+        for parameter in self.parameters(recurse=False):
+            parameter.requires_grad_(False)
         self.train(self.training)
 
     def is_frozen(self, module: nn.Module) -> bool:

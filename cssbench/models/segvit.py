@@ -1,7 +1,7 @@
 """SegViT: a plain ViT and one ATM head per step. Under SegViT-CL only the newest head learns (`Segmenter.freeze_old`).
 
-Source: Zhang et al. 2022; thesis sections 4.2.1 and 4.2.3. No background output: a pixel is background where no score
-reaches the evaluation's threshold.
+Source: Zhang et al. 2022; thesis sections 4.2.1 and 4.2.3. By default no background output: a pixel is background where
+no score reaches the evaluation's threshold.
 """
 
 from __future__ import annotations
@@ -12,26 +12,39 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from cssbench.config import Section
 from cssbench.losses.mask import class_presence, mask_losses, presence_loss
+from cssbench.losses.pixel import full_precision
 from cssbench.models.atm import ATMConfig, ATMHead, MaskPrediction, head_width
 from cssbench.models.backbone import Backbone, BackboneConfig, to_map
 from cssbench.models.segmenter import Segmenter, SegOutput, autograd_off
 from cssbench.scenario import Step
+
+PixelForm = Literal["log_scores", "class_times_mask"]
 
 
 @dataclass
 class MaskOutput(SegOutput):
     """Predictions of every head and stage: `stages[t][s]` of step t, or None where a frozen head was skipped.
 
-    `heads` are the model's head modules (for probabilities), in step order.
+    `heads` are the model's head modules (for probabilities), in step order. `has_background`, `pixel_form`: the model's
+    options.
     """
 
     stages: list[list[MaskPrediction] | None] = field(default_factory=list)
     heads: list[ATMHead] = field(default_factory=list, repr=False)
+    has_background: bool = False
+    pixel_form: PixelForm = "log_scores"
+
+    @property
+    def final(self) -> list[tuple[ATMHead, MaskPrediction]]:
+        """(head, its last stage's prediction) of the heads that ran."""
+        pairs = zip(self.heads, self.stages, strict=True)
+        return [(head, stages[-1]) for head, stages in pairs if stages is not None]
 
     @cached_property
     def scores(self) -> Tensor:
@@ -39,13 +52,49 @@ class MaskOutput(SegOutput):
 
         Heads that were skipped are left out: ask for scores in eval mode.
         """
-        pairs = zip(self.heads, self.stages, strict=True)
-        return torch.cat([head.scores(stages[-1], self.size) for head, stages in pairs if stages is not None], dim=1)
+        return torch.cat([head.scores(prediction, self.size) for head, prediction in self.final], dim=1)
 
     @cached_property
     def logits(self) -> Tensor:
         """Log of the scores: softmax over them is the scores normalised to sum 1."""
         return self.scores.clamp(min=1e-6).log()
+
+    @cached_property
+    def pixel_logits(self) -> Tensor:
+        """(B, 1 + seen classes, H, W), background first: its query's channel where the model has one. Else
+
+        log_scores        log(1 - largest score): the softmax is the scores and 1 - max, normalised to sum 1, and its
+                          argmax the prediction at a background threshold of 0.5. Classes: log of the score.
+        class_times_mask  0. Classes: raw class logit times mask probability (`ATMHead.class_maps`).
+        """
+        if self.pixel_form == "log_scores":
+            classes = self.logits
+            background = (1 - self.scores.amax(1, keepdim=True)).clamp(min=1e-6).log()
+        else:
+            classes = torch.cat([head.class_maps(prediction, self.size) for head, prediction in self.final], dim=1)
+            background = torch.zeros_like(classes[:, :1])
+        return classes if self.has_background else torch.cat([background, classes], dim=1)
+
+    @cached_property
+    def normalised(self) -> list[Tensor]:
+        """`features` after a LayerNorm over channels without weights: a few channels of a ViT's residual stream would
+        outweigh all others in a distance."""
+        return [F.layer_norm(f.movedim(1, -1), f.shape[1:2]).movedim(-1, 1) for f in self.features]
+
+    @property
+    def embedding(self) -> Tensor:
+        """The deepest tap, normalised: heads project it each in their own way, so none of these is common to all."""
+        return self.normalised[-1]
+
+    @property
+    def encoded(self) -> Tensor:
+        return self.normalised[-1]
+
+    def pod_maps(self, num_outputs: int) -> list[Tensor]:
+        """The normalised taps, then the mask probabilities of the first `num_outputs` positions (background only where
+        it has a query), (B, N, h, w). Probabilities, because POD squares: a logit's sign would be lost."""
+        masks = torch.cat([prediction.masks for _, prediction in self.final], dim=1)
+        return [*self.normalised, full_precision(masks[:, : num_outputs - (not self.has_background)]).sigmoid()]
 
 
 class SegViT(Segmenter):
@@ -62,8 +111,15 @@ class SegViT(Segmenter):
         ignore_mode: Literal["negative", "masked"] = Field(
             "negative", description="label 255 in the mask losses: negatives of every mask (public code), or left out"
         )
+        background_query: bool = Field(
+            False,
+            description="background as a query of step 0's head, an output like any class (comparable with MiB's)",
+        )
+        pixel_form: PixelForm = Field(
+            "log_scores", description="per-pixel logits for methods that need them: see MaskOutput.pixel_logits"
+        )
 
-    has_background = False
+    pixel_output = True
 
     def __init__(self, config: SegViT.Config):
         super().__init__(config)
@@ -72,13 +128,16 @@ class SegViT(Segmenter):
         head_width(config.head, self.backbone.width)
         self.multiple = self.backbone.patch
         self.pixel_mean, self.pixel_std = self.backbone.pixel_mean, self.backbone.pixel_std
+        self.has_background = config.background_query
         self.positions: list[range] = []
 
     def grow(self, step: Step) -> None:
         taps = len(self.config.backbone.layers)
-        head = ATMHead(len(step.new), self.backbone.width, taps, self.config.head)
+        first, last = step.new_positions.start, step.new_positions.stop
+        positions = range(0 if step.index == 0 and self.has_background else first, last)
+        head = ATMHead(len(positions), self.backbone.width, taps, self.config.head)
         self.heads.append(head.to(next(self.parameters()).device))
-        self.positions.append(step.new_positions)
+        self.positions.append(positions)
 
     def forward(self, images: Tensor) -> MaskOutput:
         size = (images.shape[-2], images.shape[-1])
@@ -92,18 +151,30 @@ class SegViT(Segmenter):
             with autograd_off(frozen):
                 stages.append(None if frozen and skip else head(taps, grid))
         features = [to_map(tap, grid) for tap in taps]
-        return MaskOutput(size, features, stages, list(self.heads))  # type: ignore[arg-type]
+        heads: list[ATMHead] = list(self.heads)  # type: ignore[arg-type]
+        return MaskOutput(size, features, stages, heads, self.has_background, self.config.pixel_form)
 
-    def loss(self, output: MaskOutput, labels: Tensor, absent_weight: float | None = None) -> dict[str, Tensor]:
+    def loss(
+        self,
+        output: MaskOutput,
+        labels: Tensor,
+        absent_weight: float | None = None,
+        *,
+        weight: Tensor | None = None,
+        newest_only: bool = False,
+    ) -> dict[str, Tensor]:
         """Sum over the heads that ran and their stages. A head none of whose classes occurs learns their absence.
 
         absent_weight: instead of the model's own.
+        weight: (B,) factor per image; mask losses pool the images of a batch, so the mean factor scales every term.
+        newest_only: leave old heads out: their classes are not labelled at this step, which is not absence.
         """
         config = self.config
         absent_weight = config.absent_weight if absent_weight is None else absent_weight
         total = {"class": labels.new_zeros((), dtype=torch.float32)}
         total |= {"focal": total["class"], "dice": total["class"]}
-        for stages, positions in zip(output.stages, self.positions, strict=True):
+        pairs = list(zip(output.stages, self.positions, strict=True))
+        for stages, positions in pairs[-1:] if newest_only else pairs:
             if stages is None:
                 continue
             present = class_presence(labels, positions)
@@ -113,6 +184,8 @@ class SegViT(Segmenter):
                 total["class"] = total["class"] + presence_loss(prediction.classes, present, absent_weight)
                 total["focal"] = total["focal"] + config.focal_weight * focal
                 total["dice"] = total["dice"] + config.dice_weight * dice
+        if weight is not None:
+            total = {name: value * weight.mean().to(value) for name, value in total.items()}
         return total
 
     def no_decay_names(self) -> set[str]:

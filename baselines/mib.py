@@ -1,0 +1,94 @@
+"""MiB: cross-entropy and distillation that know that background now means something else than before.
+
+Source: Cermelli et al. 2020 and its public code. In a step's labels background holds the old classes, and in the
+previous model's outputs it holds the new ones. So the cross-entropy lets "background" be explained by background or any
+old class, the distillation lets the previous model's background be explained by background or any new class, and new
+classifiers start from the background's.
+
+On ATM heads (our forms; no paper has shown them) the newest head always learns with the model's own loss, old heads
+without: that their classes are not labelled is not absence. Beside it
+  pixel  both unbiased terms on `MaskOutput.pixel_logits`;
+  query  distillation of the old heads' queries. The unbiased forms reduce to this: a query of an old head chooses among
+         old classes and "none" only, so P(none) + sum of P(old) is 1 and costs nothing, and there is no new class for
+         the previous model's "none" to hide.
+There is no balanced start there: no row of a head stands for background.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from cssbench.api import Batch, ConfigError, Method, Section, StepContext
+from cssbench.losses.distill import ClassReduction, unbiased_distillation
+from cssbench.losses.mask import mask_distillation, query_distillation
+from cssbench.losses.pixel import Reduction, unbiased_cross_entropy
+from cssbench.models.pixel import PixelSegmenter, require_pixel_output
+from cssbench.models.segvit import SegViT
+
+
+class MiB(Method):
+    """Step 0: the model's own loss. Later: unbiased cross-entropy + weight · unbiased distillation."""
+
+    class Config(Section):
+        """weight is 10 in the public ADE20K recipe; 100 is known from scenarios with many steps (EWF, VOC 15-1).
+
+        alpha            sharpens the previous model's outputs.
+        class_reduction  "mean" over the K old outputs as the public code; "sum" as CoMFormer's port, weight then ~1/K.
+        reduction        of the cross-entropy: "all" pixels in the denominator (public code), or "valid" ones only.
+        balanced_init    new classifiers share background's probability evenly with it.
+        form             on ATM heads, see above; query_weight, mask_weight: of class outputs and masks in "query". 200
+                         is CoMFormer's for a mean over queries, 20 the weight of SegViT's focal loss: guesses.
+        """
+
+        weight: float = Field(10.0, ge=0, description="of the distillation")
+        alpha: float = Field(1.0, gt=0)
+        class_reduction: ClassReduction = "mean"
+        reduction: Reduction = "all"
+        balanced_init: bool = True
+        form: Literal["pixel", "query"] = "pixel"
+        query_weight: float = Field(200.0, ge=0)
+        mask_weight: float = Field(20.0, ge=0)
+
+    def start_step(self, ctx: StepContext) -> None:
+        require_pixel_output(ctx.model, "mib")
+        if self.config.form == "query" and not isinstance(ctx.model, SegViT):
+            raise ConfigError(
+                f"method.form = 'query' needs a model with ATM heads ('segvit'), not {type(ctx.model).__name__}. "
+                f"Use method.form = 'pixel'."
+            )
+        if ctx.step.index > 0 and self.config.balanced_init and isinstance(ctx.model, PixelSegmenter):
+            ctx.model.init_from_background()
+
+    def loss(self, ctx: StepContext, batch: Batch) -> dict[str, Tensor]:
+        if batch.previous is None:
+            return ctx.model.loss(batch.output, batch.labels)
+        if not isinstance(ctx.model, SegViT):
+            return self.pixel_terms(batch.output, batch.previous, batch.labels)
+        terms = ctx.model.loss(batch.output, batch.labels, newest_only=True)
+        if self.config.form == "query":
+            return terms | self.query_terms(batch.output, batch.previous)
+        return terms | self.pixel_terms(batch.output, batch.previous, batch.labels)
+
+    def pixel_terms(self, output: Any, previous: Any, labels: Tensor) -> dict[str, Tensor]:
+        config, new, old = self.config, output.pixel_logits, previous.pixel_logits
+        distillation = unbiased_distillation(new, old, config.alpha, class_reduction=config.class_reduction)
+        return {
+            "unbiased_ce": unbiased_cross_entropy(new, labels, old.shape[1], config.reduction),
+            "distillation": config.weight * distillation,
+        }
+
+    def query_terms(self, output: Any, previous: Any) -> dict[str, Tensor]:
+        """Mean over all queries of old heads, last stage, of their distillation."""
+        classes = masks = count = 0
+        for (_, new), (_, old) in zip(output.final, previous.final, strict=False):  # old heads come first
+            number = old.masks.shape[1]
+            classes = classes + number * query_distillation(new.classes, old.classes)
+            masks = masks + number * mask_distillation(new.masks, old.masks)
+            count += number
+        return {
+            "query_distillation": self.config.query_weight * classes / count,
+            "mask_distillation": self.config.mask_weight * masks / count,
+        }
