@@ -32,8 +32,11 @@ def problems(run: RunFolder, weights: bool = True) -> list[str]:
     found += _unfinished(run, records)
     edited: dict[str, list[str]] = {}
     for record in records:
-        for what in _edited(run, record, weights):
-            edited.setdefault(what, []).append(str(record.index))
+        try:
+            for what in _edited(run, record, weights):
+                edited.setdefault(what, []).append(str(record.index))
+        except RunError as error:  # a file name that leads out of the folder
+            edited.setdefault(f"record.json was edited: {str(error).rstrip('.')}", []).append(str(record.index))
     found += [f"step{'s' * (len(steps) > 1)} {', '.join(steps)}: {what}" for what, steps in edited.items()]
     if not edited:  # the counts of an edited run need no second opinion
         found += _imported(run, records) if scoring.is_imported(run) else _impossible(run, records)
@@ -76,7 +79,8 @@ def _edited(run: RunFolder, record: StepRecord, weights: bool) -> Iterator[str]:
         yield "record.json has no digest, so that an edit of it could not be told"
     elif content["digest"] != content_digest(content):
         yield "record.json was edited: it does not match its own digest"
-    for name, recorded in (content.get("run_sha256") or {}).items():
+    of_run = content.get("run_sha256")
+    for name, recorded in of_run.items() if isinstance(of_run, dict) else ():
         path = run.path / safe_name(name)
         if not path.is_file() or sha256(path) != recorded:
             yield f"{name} was edited: it does not match the checksum in record.json"
@@ -145,7 +149,7 @@ def _too_many(run: RunFolder, record: StepRecord) -> Iterator[str]:
     """A centre crop has crop x crop pixels per image, those labelled 255 not counted."""
     images, most = record.content.get("evaluated_images"), run.config.evaluate.crop**2
     for key, matrix in record.matrices.items():
-        if key.startswith("crop.") and images is not None and int(matrix.sum()) > images * most:
+        if key.startswith("crop.") and isinstance(images, int) and int(matrix.sum()) > images * most:
             yield f"step {record.index}: matrix {key} counts {int(matrix.sum())} pixels, more than {images} crops hold"
 
 

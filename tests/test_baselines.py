@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from cssbench import config, registry
 from cssbench.api import Batch, ConfigError, Method, Segmenter, StepContext
 from cssbench.experiment import build_experiment, resolve
+from cssbench.losses.prototypes import class_means
+from cssbench.models.passes import class_prototypes, uncertainty_thresholds
 from cssbench.models.segmenter import freeze_copy
 from cssbench.results import RunFolder
 from cssbench.scenario import IGNORE, Scenario
@@ -375,6 +377,38 @@ def test_reminder_is_plop_and_one_term():
     terms, without = made.loss(ctx, batch), plop.loss(ctx, batch)
     assert terms.keys() - without.keys() == {"similar"}
     assert all(torch.equal(terms[name], value) for name, value in without.items())
+
+
+def test_prototypes_are_means_over_the_batches_that_show_a_class():
+    model = make_model().train()
+    only = torch.full((2, 32, 32), 2)
+    first, second = scenes(only), scenes(mixed() % 4, 1)
+    prototypes = class_prototypes(model, [first, second], torch.device("cpu"), 4)
+    assert model.training
+    model.eval()
+    with torch.no_grad():
+        means = [class_means(model(b["images"]).embedding, b["labels"], 4)[0] for b in (first, second)]
+    torch.testing.assert_close(prototypes[2], means[0][2])  # the second batch shows 0, 1 and 3 only
+    torch.testing.assert_close(prototypes[[0, 1, 3]], means[1][[0, 1, 3]])
+    both = class_prototypes(model, [first, first | {"images": second["images"]}], torch.device("cpu"), 4)
+    with torch.no_grad():
+        other = class_means(model(second["images"]).embedding, only, 4)[0]
+    torch.testing.assert_close(both[2], (means[0][2] + other[2]) / 2)
+    assert (both[[0, 1, 3]] == 0).all()
+
+
+def test_thresholds_are_of_background_pixels_and_predicted_classes():
+    model = make_model().eval()
+    sure_of(model, 1)
+    model.heads[0].bias.data[1] = 1.0  # p = e / (e + 3) and 1 / (e + 3)
+    p = torch.tensor([math.e, 1.0, 1.0, 1.0]) / (math.e + 3)
+    u = float(-(p * p.log()).sum() / math.log(4))
+    loader, device = [scenes(mixed())], torch.device("cpu")
+    found = uncertainty_thresholds(model, loader, device, 4, 6, "paper", floor=1e-3)
+    assert found[1] == pytest.approx(u, abs=0.01)  # a bin of 100
+    assert found[[0, 2, 3]].tolist() == [1e-3] * 3
+    no_background = uncertainty_thresholds(model, [scenes(torch.full((2, 32, 32), 4))], device, 4, 6, "paper")
+    assert no_background.tolist() == [1e-3] * 4
 
 
 # --- ATM heads ----------------------------------------------------------------------------------------------------

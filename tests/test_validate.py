@@ -87,6 +87,14 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "the provenance": (lambda p: edit_json(p / "provenance.json", commit="f" * 40), "provenance.json was edited"),
     "the scenario": (lambda p: edit_json(p / "scenario.json", mode="disjoint"), "scenario.json was edited"),
+    "a path for a file name": (
+        lambda p: (edit_json(p / STEP / "record.json", sha256={"../../x": "0"}), reseal(p / STEP / "record.json")),
+        "step 1: record.json was edited: '../../x' cannot be used as a file name",
+    ),
+    "no checksums of the run": (
+        lambda p: edit_json(p / STEP / "record.json", run_sha256=[1]),
+        "step 1: record.json was edited: it does not match its own digest",
+    ),
     "half a record": (
         lambda p: (p / STEP / "record.json").write_text((p / STEP / "record.json").read_text()[:40]),
         "record.json is damaged",
