@@ -2,100 +2,89 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import jinja2
 
 import cssbench
 from cssbench import protocol as protocols
 from cssbench.protocol import Protocol
-from cssbench.reports import tables
-from cssbench.reports.plots import Plot, plots
-from cssbench.reports.samples import Sample, samples
-from cssbench.reports.scored import Scored, Setting, by_setting, caveats, labels, score_all, unique
-from cssbench.reports.tables import MISSING, Table
+from cssbench.reports import conventions, figures, forms, origins, tables
+from cssbench.reports.admission import mix, score_all
+from cssbench.reports.formats import Table, file_part
+from cssbench.reports.origins import Origin
+from cssbench.reports.overview import overview_tables
+from cssbench.reports.plots import Plot
+from cssbench.reports.samples import VERDICT_COLOURS, Sample, map_uri, photo_uri, samples, verdict_legend
+from cssbench.reports.scored import Scored, Setting, by_setting, labels, unique
 from cssbench.results import RunFolder, write_bytes
 
 
 @dataclass(frozen=True)
 class Section:
-    """One setting under one protocol."""
+    """One setting under one protocol. classes: the figures of each entry, under its label."""
 
     anchor: str
     protocol: Protocol
     summary: Table
+    groups: Table | None
+    measures: Table | None
     forgetting: Table | None
     per_class: Table
-    plots: tuple[Plot, ...]
+    plots: dict[str, Plot]
+    classes: dict[str, list[Plot]]
+    mixed: str
+
+    @property
+    def drawn(self) -> list[Plot]:
+        return [*self.plots.values(), *(plot for each in self.classes.values() for plot in each)]
 
 
 @dataclass(frozen=True)
 class Chapter:
-    """One setting: its sections, and the sample images, which belong to no protocol."""
+    """One setting: its sections; its runs under every protocol; the sample images, which belong to no protocol."""
 
     anchor: str
+    name: str
     setting: Setting
     sections: tuple[Section, ...]
+    conventions: tuple[tuple[str, Table], ...]
     samples: tuple[Sample, ...]
 
 
-@dataclass(frozen=True)
-class Origin:
-    """Where one run comes from. facts: (name, value); steps: rows of numbers under `STEP_HEADINGS`."""
-
-    label: str
-    caveats: tuple[str, ...]
-    facts: tuple[tuple[str, str], ...]
-    steps: tuple[tuple[str, ...], ...]
-    recipe: str
-
-
-STEP_HEADINGS = (
-    "step", "new classes", "images", "iterations", "train", "evaluate", "evaluated images", "parameters", "trainable",
-    "last losses", "SHA-256 of the image names",
-)  # fmt: skip
-RUN_HEADINGS = (
-    "run",
-    "scenario",
-    "mode",
-    "method",
-    "model",
-    "seed",
-    "steps",
-    "data",
-    "iterations × batch",
-    "training time",
-)
-
-
-def write(runs: list[RunFolder], out_dir: Path, protocol_ids: list[str]) -> list[Path]:
+def write(runs: list[RunFolder], out_dir: Path, protocol_ids: list[str], *, allow_mixed: bool = False) -> list[Path]:
     """The entry point `html`: the page, figures and every file of the `tables` report; returns the files, page first.
 
-    Raises RunError when a run has no finished step, is damaged, or none fits any protocol.
+    Raises RunError when a run has no finished step, is damaged, or none fits any protocol, and where runs must not
+    share a table (see `admission.score_all`).
     """
     out_dir, runs = Path(out_dir), unique(runs)
-    scored = score_all(runs, protocol_ids)
-    chapters = _chapters(scored, out_dir / "figures")
+    scored = score_all(runs, protocol_ids, allow_mixed)
+    chapters = make_chapters(scored, out_dir / "figures")
     written = tables.write_scored(scored, out_dir)
-    drawn = [path for chapter in chapters for part in chapter.sections for plot in part.plots for path in plot.files]
+    drawn = [path for chapter in chapters for part in chapter.sections for plot in part.drawn for path in plot.files]
+    for chapter in chapters:
+        masks = figures.sample_figures(chapter.samples, out_dir / "figures", chapter.name)
+        drawn += [path for plot in masks for path in plot.files]
     names = labels(runs)
     page = out_dir / "report.html"
-    origins = [origin(run, names[run.path]) for run in runs]
+    known = [origins.origin(run, names[run.path]) for run in runs]
     page_text = _template().render(
         css=_resource("report.css"),
         version=cssbench.__version__,
-        run_headings=RUN_HEADINGS,
-        run_rows=[run_row(run, names[run.path]) for run in runs],
-        against=_against(origins),
+        run_headings=origins.RUN_HEADINGS,
+        run_rows=[origins.run_row(run, names[run.path]) for run in runs],
+        against=_against(known),
+        overviews=_overviews(scored),
         chapters=chapters,
         unscored=_unscored(scored, list(names.values())),
-        origins=origins,
-        step_headings=STEP_HEADINGS,
+        origins=known,
+        step_headings=origins.STEP_HEADINGS,
+        verdicts=verdict_legend(),
+        verdict_colours=VERDICT_COLOURS,
         files=[path.relative_to(out_dir).as_posix() for path in (*written, *drawn)],
     )
     write_bytes(page, page_text.encode())
@@ -110,11 +99,12 @@ def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters |= {"photo_uri": photo_uri, "map_uri": map_uri}
     return environment.from_string(_resource("report.html.j2"))
 
 
-def _chapters(scored: dict[str, list[Scored]], figures: Path) -> list[Chapter]:
-    """Settings in order of appearance, each with its protocols."""
+def make_chapters(scored: dict[str, list[Scored]], folder: Path) -> list[Chapter]:
+    """Settings in order of appearance, each with its protocols; their figures are drawn into `folder`."""
     found: dict[Setting, dict[str, list[Scored]]] = {}
     for name, ones in scored.items():
         for setting, members in by_setting(ones).items():
@@ -124,27 +114,61 @@ def _chapters(scored: dict[str, list[Scored]], figures: Path) -> list[Chapter]:
     for number, (setting, by_protocol) in enumerate(found.items(), 1):
         anchor = f"setting-{number}"
         place = f"{setting.scenario}.{setting.mode}{f'.{setting.digest}' if several else ''}"
-        sections = []
-        for name, members in by_protocol.items():
-            drawn = plots(members, figures, f"{name}.{place}")
-            section = Section(
-                f"{anchor}-{tables.file_part(name)}",
-                protocols.get(name),
-                tables.summary_table(members),
-                tables.forgetting_table(members),
-                tables.per_class_table(members),
-                tuple(drawn),
+        sections = [_section(anchor, members, folder, f"{name}.{place}") for name, members in by_protocol.items()]
+        shown = list({one.label: one for members in by_protocol.values() for one in members}.values())
+        pages = ((one.label, conventions.protocol_table(one)) for one in shown if not one.oracle)
+        chapters.append(
+            Chapter(
+                anchor,
+                place,
+                setting,
+                tuple(sections),
+                tuple((label, page) for label, page in pages if page),
+                tuple(samples(shown)),
             )
-            sections.append(section)
-        shown = [one for members in by_protocol.values() for one in members]
-        chapters.append(Chapter(anchor, setting, tuple(sections), tuple(samples(shown))))
+        )
     return chapters
 
 
-def _against(origins: Sequence[Origin]) -> list[tuple[str, list[str]]]:
+def _section(anchor: str, members: list[Scored], folder: Path, name: str) -> Section:
+    drawn = figures.setting_figures(members, folder, name)
+    single = {plot.kind: plot for plot in drawn if plot.label is None}
+    classes: dict[str, list[Plot]] = {}
+    for plot in drawn:
+        if plot.label is not None:
+            classes.setdefault(plot.label, []).append(plot)
+    return Section(
+        f"{anchor}-{file_part(members[0].protocol.id)}",
+        members[0].protocol,
+        forms.summary_table(members),
+        forms.first_last_table(members),
+        forms.measures_table(members),
+        forms.forgetting_table(members),
+        forms.per_class_table(members),
+        single,
+        classes,
+        "; ".join(mix(members)),
+    )
+
+
+def _overviews(scored: dict[str, list[Scored]]) -> list[tuple[Protocol, list[Table]]]:
+    """Protocol -> tables over scenarios, where they say more than the table of each setting."""
+    found = []
+    for name, ones in scored.items():
+        made = [table for table in overview_tables(ones) if _more(table)]
+        found += [(protocols.get(name), made)] if made else []
+    return found
+
+
+def _more(table: Table) -> bool:
+    published = any("published" in kind.split() for kind in table.kinds)
+    return published or len({head for head, _ in table.columns if head}) > 1
+
+
+def _against(known: Sequence[Origin]) -> list[tuple[str, list[str]]]:
     """(caveats, the runs they hold for), each text once."""
     found: dict[str, list[str]] = {}
-    for one in origins:
+    for one in known:
         if one.caveats:
             found.setdefault("; ".join(one.caveats), []).append(one.label)
     return list(found.items())
@@ -158,137 +182,3 @@ def _unscored(scored: dict[str, list[Scored]], names: Sequence[str]) -> list[str
         if left_out:
             sentences.append(f"Not scored under {name}, whose matrices they did not keep: {', '.join(left_out)}.")
     return sentences
-
-
-def run_row(run: RunFolder, label: str) -> tuple[str, ...]:
-    """What was run, under `RUN_HEADINGS`."""
-    config, records = run.config, run.records()
-    iterations = sum(_number(record.content.get("iterations")) for record in records)
-    seconds = sum(_number(_get(record.content, "seconds", "train")) for record in records)
-    return (
-        f"{label} (oracle)" if run.num_steps == 1 else label,
-        run.scenario["name"],
-        run.scenario["mode"],
-        config.method.name,
-        config.model.name,
-        str(config.seed),
-        str(run.num_steps) if run.finished else f"{len(records)} of {run.num_steps} steps",
-        _text(_get(run.provenance, "data", "name") or run.scenario["dataset"]),
-        f"{_count(int(iterations))} × {config.train.batch_size}",
-        duration(seconds),
-    )
-
-
-def origin(run: RunFolder, label: str) -> Origin:
-    """The provenance of a run; an en dash where its files do not tell."""
-    known, config = run.provenance, run.config
-    command, data = known.get("command"), known.get("data")
-    data = data if isinstance(data, dict) else {}
-    commit, dirty = known.get("commit"), known.get("dirty")
-    changed = "" if commit is None or dirty is None else ", with uncommitted changes" if dirty else ", clean"
-    passes = config.train.accumulate * config.train.devices
-    facts = [
-        ("command", shlex.join(map(str, command)) if isinstance(command, list) else _text(command)),
-        ("started", _text(known.get("started"))),
-        ("cssbench", _text(known.get("version"))),
-        ("commit", f"{_text(commit)}{changed}"),
-        ("hardware", _hardware(run)),
-        ("Python", _text(known.get("python"))),
-        ("packages", _text(known.get("packages"))),
-        ("seed", str(config.seed)),
-        ("effective batch", f"{_plural(config.train.batch_size, 'image')}, in {_plural(passes, 'forward pass', 'es')}"),
-        ("processes", _text(known.get("processes"))),
-        ("precision", config.train.precision),
-        *((f"data: {name.replace('_', ' ')}", _text(value)) for name, value in data.items()),
-        ("evaluated", f"{config.evaluate.split}, {config.evaluate.inference} image inference"),
-        ("scale", _text(known.get("scale"))),
-        ("note", _text(known.get("note") or config.note)),
-    ]
-    steps = tuple(_step_row(run, index) for index in range(run.num_steps))
-    return Origin(label, tuple(caveats(run)), tuple(facts), steps, config.to_toml())
-
-
-def _step_row(run: RunFolder, index: int) -> tuple[str, ...]:
-    planned = run.scenario["steps"][index]
-    record = next((r.content for r in run.records() if r.index == index), {})
-    loss = record.get("loss")
-    losses = (
-        {k: f"{v:.4g}" if isinstance(v, int | float) else v for k, v in loss.items()}
-        if isinstance(loss, dict)
-        else None
-    )
-    return (
-        str(index) if record else f"{index} (not finished)",
-        _ranges(planned["new"]),
-        _count(planned.get("images")),
-        _count(record.get("iterations")),
-        duration(_get(record, "seconds", "train")),
-        duration(_get(record, "seconds", "evaluate")),
-        _count(record.get("evaluated_images")),
-        _count(_get(record, "parameters", "total")),
-        _count(_get(record, "parameters", "trainable")),
-        _text(losses),
-        _text(planned.get("sha256")),
-    )
-
-
-def _hardware(run: RunFolder) -> str:
-    gpu = _get(run.provenance, "hardware", "gpu")
-    gpus = [str(g) for g in gpu] if isinstance(gpu, list) else [str(gpu)] if gpu else []
-    several = [f"{gpus.count(g)} × {g}" if gpus.count(g) > 1 else g for g in dict.fromkeys(gpus)]
-    cores, memory = _get(run.provenance, "hardware", "cores"), _get(run.provenance, "hardware", "memory_gib")
-    cpu = _get(run.provenance, "hardware", "cpu")
-    parts = [*several, str(cpu or ""), f"{cores} cores" if cores else "", f"{memory} GiB" if memory else ""]
-    return ", ".join(part for part in parts if part) or MISSING
-
-
-def _get(content: Any, *keys: str) -> Any:
-    """content[k1][k2]..., None where anything on the way is missing or no mapping."""
-    for key in keys:
-        content = content.get(key) if isinstance(content, dict) else None
-    return content
-
-
-def _text(value: Any) -> str:
-    """Plain words for any JSON value; an en dash for nothing."""
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_text(part)}" for key, part in value.items()) or MISSING
-    if isinstance(value, list):
-        return ", ".join(map(_text, value)) or MISSING
-    return MISSING if value is None or value == "" else str(value)
-
-
-def _number(value: Any) -> float:
-    return value if isinstance(value, int | float) else 0
-
-
-def _count(value: Any) -> str:
-    """1234567 -> '1 234 567' with thin no-break spaces."""
-    return f"{value:,}".replace(",", "\u202f") if isinstance(value, int | float) else MISSING
-
-
-def duration(seconds: Any) -> str:
-    """Seconds in the two largest units that fit."""
-    if not isinstance(seconds, int | float):
-        return MISSING
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-def _plural(number: int, thing: str, ending: str = "s") -> str:
-    return f"{number} {thing}{ending if number != 1 else ''}"
-
-
-def _ranges(ids: Sequence[int]) -> str:
-    """[1, 2, 3, 7] -> '1–3, 7'; order kept."""
-    runs: list[list[int]] = []
-    for c in ids:
-        if runs and runs[-1][-1] == c - 1:
-            runs[-1].append(c)
-        else:
-            runs.append([c])
-    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}–{r[-1]}" for r in runs)

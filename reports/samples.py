@@ -1,4 +1,4 @@
-"""The sample images for the page: image, truth and the prediction after each step, with a legend of colours."""
+"""The sample images: image, truth, the prediction after each step and what is wrong in it, with legends of colours."""
 
 from __future__ import annotations
 
@@ -17,11 +17,21 @@ from cssbench.reports.scored import Scored, sample_files
 SIDE = 320  # longest side embedded, px
 SHARE = 0.005  # a class gets into a legend from this share of one picture on
 NO_CLASS = (210, 210, 210)  # 255, and ids that the scenario does not have
+# What an error map says of a pixel: name, colour. Told apart by lightness too.
+VERDICTS = (
+    ("void: not judged", (0, 0, 0)),
+    ("class not learned yet: not judged", (150, 156, 163)),
+    ("right", (222, 236, 247)),
+    ("wrong", (213, 94, 0)),
+    ("wrong, right after an earlier step", (94, 27, 120)),
+)
+VOID, FUTURE, RIGHT, WRONG, FORGOTTEN = range(5)
+VERDICT_COLOURS = np.array([colour for _, colour in VERDICTS], np.uint8)
 
 
 @dataclass(frozen=True)
 class Swatch:
-    """One legend entry: class name, CSS colour, and the step that teaches the class (None: background)."""
+    """One legend entry: name, CSS colour, and the step that teaches the class (None: no class of a step)."""
 
     name: str
     colour: str
@@ -29,13 +39,28 @@ class Swatch:
 
 
 @dataclass(frozen=True)
+class Row:
+    """The predictions of one run, one panel per step of the setting, None where there is none; an oracle's stands last.
+
+    predictions: (h, w) uint8 class ids; errors: (h, w) uint8 indices of `VERDICTS`.
+    """
+
+    label: str
+    oracle: bool
+    predictions: tuple[np.ndarray | None, ...]
+    errors: tuple[np.ndarray | None, ...]
+
+
+@dataclass(frozen=True)
 class Sample:
-    """One image. rows: (run as shown, is it an oracle, data URI or None for each step); an oracle's stands last."""
+    """One image (h, w, 3) uint8, its truth (h, w) uint8 class ids, the rows of the runs, the classes that any panel
+    shows. colours: (256, 3) uint8, class id -> colour."""
 
     stem: str
-    image: str
-    truth: str
-    rows: tuple[tuple[str, bool, tuple[str | None, ...]], ...]
+    image: np.ndarray
+    truth: np.ndarray
+    colours: np.ndarray
+    rows: tuple[Row, ...]
     legend: tuple[Swatch, ...]
 
 
@@ -43,24 +68,56 @@ def samples(scored: Sequence[Scored]) -> list[Sample]:
     """The sample images of the runs of one setting, every run once. Raises RunError on an unreadable picture."""
     runs = list({one.label: one for one in scored}.values())
     files = {one.label: sample_files(one.run, one.run.records()) for one in runs}
-    stems = sorted({stem for there in files.values() for stem in there})
-    colours, steps = _colours(runs[0]), len(runs[0].setting.groups)
+    colours = _colours(runs[0])
     found = []
-    for stem in stems:
+    for stem in sorted({stem for there in files.values() for stem in there}):
         image, truth, _ = next(there[stem] for there in files.values() if stem in there)
-        shown = dict.fromkeys(range(256), 0.0)
-        truth_uri = _label_uri(truth, colours, shown)
-        rows = []
+        ids = _ids(truth)
+        rows, shown = [], [ids]
         for one in runs:
-            if stem not in files[one.label]:
-                continue
-            panels: list[str | None] = [None] * steps
-            for step, path in files[one.label][stem][2].items():
-                panels[steps - 1 if one.oracle else step] = _label_uri(path, colours, shown)
-            rows.append((one.shown_as, one.oracle, tuple(panels)))
-        legend = _legend(runs[0], colours, [c for c, share in shown.items() if share >= SHARE])
-        found.append(Sample(stem, _image_uri(image), truth_uri, tuple(rows), legend))
+            if stem in files[one.label]:
+                predictions = {step: _ids(path, ids.shape) for step, path in files[one.label][stem][2].items()}
+                shown += predictions.values()
+                rows.append(_row(one, ids, predictions))
+        picture = np.asarray(_open(image, ("RGB", "RGBA", "L", "P"), Image.Resampling.LANCZOS))
+        legend = _legend(runs[0], colours, _filled(shown))
+        found.append(Sample(stem, picture, ids, colours, tuple(rows), legend))
     return found
+
+
+def _row(one: Scored, truth: np.ndarray, predictions: dict[int, np.ndarray]) -> Row:
+    groups = one.setting.groups
+    panels: list[np.ndarray | None] = [None] * len(groups)
+    errors: list[np.ndarray | None] = [None] * len(groups)
+    before = np.zeros(truth.shape, bool)
+    for step, predicted in predictions.items():
+        reached = len(groups) - 1 if one.oracle else step
+        seen = [c for group in groups[: reached + 1] for c in group]
+        found = verdicts(truth, predicted, seen, before)
+        before |= found == RIGHT
+        panels[reached], errors[reached] = predicted, found
+    return Row(one.shown_as, one.oracle, tuple(panels), tuple(errors))
+
+
+def verdicts(truth: np.ndarray, predicted: np.ndarray, seen: Sequence[int], before: np.ndarray) -> np.ndarray:
+    """(h, w) uint8 indices of `VERDICTS`. truth, predicted: class ids; before: where an earlier one was right."""
+    found = np.where(truth == predicted, RIGHT, np.where(before, FORGOTTEN, WRONG)).astype(np.uint8)
+    found[~np.isin(truth, seen)] = FUTURE
+    found[(truth == 0) | (truth == 255)] = VOID
+    return found
+
+
+def verdict_legend() -> tuple[Swatch, ...]:
+    return tuple(Swatch(name, _hex(colour), None) for name, colour in VERDICTS)
+
+
+def _filled(pictures: Iterable[np.ndarray]) -> list[int]:
+    """The ids that fill at least `SHARE` of any picture."""
+    found = set()
+    for ids in pictures:
+        values, counts = np.unique(ids, return_counts=True)
+        found |= {int(c) for c in values[counts >= SHARE * ids.size]}
+    return sorted(found)
 
 
 def _colours(one: Scored) -> np.ndarray:
@@ -82,22 +139,19 @@ def _legend(one: Scored, colours: np.ndarray, ids: Iterable[int]) -> tuple[Swatc
     taught = {c: t for t, group in enumerate(one.setting.groups) for c in group}
     names = one.classes | {0: "void / background"}
     known = sorted((c for c in ids if c in names), key=lambda c: (taught.get(c, -1), c))
-    return tuple(Swatch(names[c], "#{:02x}{:02x}{:02x}".format(*colours[c]), taught.get(c)) for c in known)
+    return tuple(Swatch(names[c], _hex(colours[c]), taught.get(c)) for c in known)
 
 
-def _label_uri(path: Path, colours: np.ndarray, shown: dict[int, float]) -> str:
-    """A palette PNG of class ids in our colours; raises the shares in `shown` to what this picture holds."""
+def _hex(colour: Iterable[int]) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*colour)
+
+
+def _ids(path: Path, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    """(h, w) uint8 class ids; RunError where they do not have the `shape` of the truth."""
     ids = np.asarray(_open(path, ("P", "L"), Image.Resampling.NEAREST))
-    for c, count in zip(*np.unique(ids, return_counts=True), strict=True):
-        shown[int(c)] = max(shown[int(c)], count / ids.size)
-    picture = Image.fromarray(ids)
-    picture.putpalette(colours.tobytes())
-    return _uri(picture, "png", optimize=True)
-
-
-def _image_uri(path: Path) -> str:
-    picture = _open(path, ("RGB", "RGBA", "L", "P"), Image.Resampling.LANCZOS)
-    return _uri(picture, "jpeg", quality=88, subsampling=0)
+    if shape is not None and ids.shape != shape:
+        raise RunError(f"The sample picture {path} and its truth differ in size. Restore it, or remove it.")
+    return ids
 
 
 def _open(path: Path, modes: Sequence[str], resampling: Image.Resampling) -> Image.Image:
@@ -113,6 +167,17 @@ def _open(path: Path, modes: Sequence[str], resampling: Image.Resampling) -> Ima
             return picture.resize(size, resampling)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise RunError(f"The sample picture {path} cannot be read ({error}). Restore it, or remove it.") from None
+
+
+def photo_uri(picture: np.ndarray) -> str:
+    return _uri(Image.fromarray(picture), "jpeg", quality=88, subsampling=0)
+
+
+def map_uri(ids: np.ndarray, colours: np.ndarray) -> str:
+    """(h, w) uint8 in `colours`, as a palette PNG."""
+    picture = Image.fromarray(ids)
+    picture.putpalette(colours.tobytes())
+    return _uri(picture, "png", optimize=True)
 
 
 def _uri(picture: Image.Image, kind: str, **options: int | bool) -> str:

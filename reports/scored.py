@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from cssbench import protocol as protocols
 from cssbench import scoring
 from cssbench.errors import RunError
 from cssbench.metrics import continual
@@ -54,8 +54,7 @@ class Setting:
 
     @property
     def digest(self) -> str:
-        """Eight hex digits: equal for equal settings."""
-        return hashlib.sha256(repr(self).encode()).hexdigest()[:8]
+        return _digest(self)
 
     @property
     def title(self) -> str:
@@ -64,21 +63,45 @@ class Setting:
     @property
     def facts(self) -> str:
         """Everything else that tells two settings apart, in words."""
-        order = [c for group in self.groups for c in group]
-        digest = hashlib.sha256(repr(order).encode()).hexdigest()[:8]
+        return f"Dataset {self.dataset}; {describe_sizes([len(group) for group in self.groups])}; {self.conditions}"
+
+    @property
+    def conditions(self) -> str:
+        """What scenarios of one data set share, in words."""
         parts = [
-            f"Dataset {self.dataset}",
-            describe_sizes([len(group) for group in self.groups]),
-            "native class order" if order == sorted(order) else f"class order {digest}",
+            "native class order" if list(self.order) == sorted(self.order) else f"class order {_digest(self.order)}",
             f"unlabelled pixels trained as {self.void}" if self.void == "background" else "unlabelled pixels ignored",
             f"evaluated on {self.split}",
+            *([f"data {_digest(self.data)}"] if self.data != UNKNOWN else []),
         ]
         return "; ".join(parts)
 
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Class ids in the order in which they are learned."""
+        return tuple(c for group in self.groups for c in group)
+
+    @property
+    def shared(self) -> tuple[Any, ...]:
+        """What scenarios of one data set must have in common for one table."""
+        return self.dataset, self.mode, self.void, self.split, self.data, self.order
+
     def same_data(self, other: Setting) -> bool:
         """Whether both learn the same classes from the same files and are evaluated on the same images."""
-        mine, its = ({c for group in s.groups for c in group} for s in (self, other))
-        return (self.dataset, self.split, self.data, mine) == (other.dataset, other.split, other.data, its)
+        return (self.dataset, self.split, self.data, set(self.order)) == (
+            other.dataset,
+            other.split,
+            other.data,
+            set(other.order),
+        )
+
+
+UNKNOWN = json.dumps([None, None])  # `Setting.data` of a run that recorded none
+
+
+def _digest(value: Any) -> str:
+    """Eight hex digits: equal for equal values."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:8]
 
 
 def describe_sizes(sizes: Sequence[int]) -> str:
@@ -97,6 +120,7 @@ class Scored:
 
     scores: `Protocol.scores` after each finished step (an oracle: once, after all classes). step_ious: class id -> IoU
     after the same steps. alone[g]: see `continual.lost_parts`. All in [0, 1].
+    flaws: why it stands in tables by permission only.
     """
 
     setting: Setting
@@ -106,6 +130,7 @@ class Scored:
     scores: tuple[Scores, ...]
     step_ious: tuple[dict[int, float], ...]
     alone: tuple[float | None, ...]
+    flaws: tuple[str, ...] = ()
 
     @property
     def ious(self) -> dict[int, float]:
@@ -130,16 +155,32 @@ class Scored:
         return self.done == self.run.num_steps
 
     @property
-    def shown_as(self) -> str:
-        """The label with what a reader must know beside every number."""
+    def mark(self) -> str:
+        """What a reader must know beside every number, to stand behind the label."""
+        known = " (imported)" if self.imported else ""
         if self.oracle:
-            return f"{self.label} (oracle)"
-        return self.label if self.finished else f"{self.label} ({self.done} of {self.run.num_steps} steps)"
+            return f"{known} (oracle)"
+        return known if self.finished else f"{known} ({self.done} of {self.run.num_steps} steps)"
+
+    @property
+    def shown_as(self) -> str:
+        return self.label + self.mark
 
     @cached_property
     def table(self) -> list[list[float | None]]:
         """table[t][g], see `continual`. Only for runs that are no oracle."""
         return continual.group_table(self.scores)
+
+    @cached_property
+    def class_forgetting(self) -> dict[int, float]:
+        """Class id -> best IoU at an earlier step minus the last one, for classes measured at both. Not the background,
+        which becomes another thing with every step."""
+        found = {}
+        for c, last in self.ious.items():
+            earlier = [ious[c] for ious in self.step_ious[:-1] if c in ious]
+            if c and earlier:
+                found[c] = max(earlier) - last
+        return found
 
     @property
     def classes(self) -> dict[int, str]:
@@ -196,7 +237,9 @@ def labels(runs: Sequence[RunFolder]) -> dict[Path, str]:
     return found
 
 
-def score(runs: Iterable[RunFolder], protocol: Protocol) -> list[Scored]:
+def score(
+    runs: Iterable[RunFolder], protocol: Protocol, flaws: Mapping[Path, tuple[str, ...]] = MappingProxyType({})
+) -> list[Scored]:
     """Every run under `protocol`, setting by setting, oracles last. An oracle stands in every setting that it serves.
 
     Runs that kept no matrix for the protocol's geometry and rule are left out: compare the labels.
@@ -207,21 +250,8 @@ def score(runs: Iterable[RunFolder], protocol: Protocol) -> list[Scored]:
     found = []
     for setting, members in _members(runs).items():
         for run in members:
-            scored = _score_one(setting, protocol, run, names[run.path])
+            scored = _score_one(setting, protocol, run, names[run.path], flaws.get(run.path, ()))
             found += [scored] if scored else []
-    return found
-
-
-def score_all(runs: Iterable[RunFolder], protocol_ids: Sequence[str]) -> dict[str, list[Scored]]:
-    """Protocol id -> `score`. Raises RunError when no run can be scored under any of the protocols."""
-    runs = unique(runs)
-    found = {name: score(runs, protocols.get(name)) for name in protocol_ids}
-    if not any(found.values()):
-        wanted = ", ".join(f"{name} reads {protocols.get(name).key}" for name in protocol_ids) or "no protocol given"
-        raise RunError(
-            f"None of the runs kept the matrices that the protocols need ({wanted}). "
-            f"Name another protocol, or evaluate with another `evaluate.geometries`."
-        )
     return found
 
 
@@ -247,10 +277,14 @@ def own_oracle(one: Scored, among: Iterable[Scored]) -> Scored | None:
 
 
 def _members(runs: Sequence[RunFolder]) -> dict[Setting, list[RunFolder]]:
+    """Setting -> its runs. An oracle stands in every setting on its data, an imported run, whose data are not known, in
+    the first setting that it fits otherwise."""
     found: dict[Setting, list[RunFolder]] = {}
-    for run in runs:
+    for run in sorted(runs, key=scoring.is_imported):  # the imported ones last
         if run.num_steps > 1:
-            found.setdefault(Setting.of(run), []).append(run)
+            own = Setting.of(run)
+            fitting = [s for s in found if scoring.is_imported(run) and replace(own, data=s.data, split=s.split) == s]
+            found.setdefault(next(iter(fitting), own), []).append(run)
     several = list(found)
     for run in runs:
         if run.num_steps == 1:
@@ -261,7 +295,9 @@ def _members(runs: Sequence[RunFolder]) -> dict[Setting, list[RunFolder]]:
     return found
 
 
-def _score_one(setting: Setting, protocol: Protocol, run: RunFolder, label: str) -> Scored | None:
+def _score_one(
+    setting: Setting, protocol: Protocol, run: RunFolder, label: str, flaws: tuple[str, ...]
+) -> Scored | None:
     records = run.records()
     if not scoring.is_imported(run):
         for record in records:
@@ -272,7 +308,7 @@ def _score_one(setting: Setting, protocol: Protocol, run: RunFolder, label: str)
     ious = tuple(scoring.step_ious(run, record, protocol, setting.groups) for record in records)
     # An oracle has seen every class after its only step.
     alone = [] if run.num_steps == 1 else scoring.alone_scores(run, records[-1], protocol)
-    return Scored(setting, protocol, run, label, scores, ious, tuple(alone))
+    return Scored(setting, protocol, run, label, scores, ious, tuple(alone), flaws)
 
 
 def sample_files(run: RunFolder, records: Sequence[StepRecord]) -> dict[str, tuple[Path, Path, dict[int, Path]]]:

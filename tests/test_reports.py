@@ -2,106 +2,50 @@
 
 from __future__ import annotations
 
-import html.parser
 import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
+from report_runs import (
+    IDS,
+    JOINT,
+    LABEL,
+    STEP0,
+    STEP1,
+    Reader,
+    add_samples,
+    joint,
+    learner,
+    make,
+    reordered,
+    row,
+    score,
+)
 
-from cssbench import protocol, registry
-from cssbench.config import validate
+from cssbench import registry
 from cssbench.errors import RunError
-from cssbench.reports import frames, plots, samples, scored, tables
+from cssbench.reports import entries, formats, frames, plots, samples, scored, tables
 from cssbench.reports import html as page
 from cssbench.results import RunFolder
 
-IDS = ["mmseg150@1", "plop@1"]
-LABEL = "Generated data or small budget: not comparable with published numbers."
-KEYS = ("full.foreground", "crop.all")
-# Rows: truth (void, 1, 2, 3); columns: prediction. IoU under mmseg150@1 in the comments.
-STEP0 = [[0, 0, 0, 0], [2, 8, 0, 0], [0, 0, 10, 0], [0, 5, 5, 0]]  # 0.8, 1; class 3 not yet learned
-STEP1 = [[0, 0, 0, 0], [0, 5, 0, 5], [0, 0, 10, 0], [0, 0, 0, 10]]  # 0.5, 1, 10/15
-UPTO0 = [[0, 0, 0, 0], [4, 6, 0, 0], [0, 0, 10, 0], [0, 5, 5, 0]]  # 0.6, 1
-JOINT = [[0, 0, 0, 0], [0, 9, 0, 1], [0, 0, 10, 0], [0, 0, 0, 10]]  # 0.9, 1, 10/11
+
+@pytest.fixture
+def rendered():
+    """Asks for real figures."""
 
 
-def make(path: Path, steps: list[dict[str, Any]], groups=((1, 2), (3,)), keys=KEYS, **changes: Any) -> RunFolder:
-    """A run folder with one finished step per item of `steps`: {matrix suffix: rows}, suffix "" for the plain one."""
-    given = {"seed": 0, "method": "finetune", "model": "tiny", "mode": "overlapped", "scenario": "toy-2-1", "note": ""}
-    given |= {"classes": ["sky", "tree", "car"], "provenance": {"data": {"name": "toy"}}, "evaluate": {}} | changes
-    content = {"seed": given["seed"], "note": given["note"], "evaluate": given["evaluate"], "train": {"iterations": 5}}
-    content |= {kind: {"name": given[kind]} for kind in ("method", "model", "scenario")}
-    scene = {"name": given["scenario"], "dataset": "toy", "mode": given["mode"], "void": "background"}
-    scene |= {"classes": given["classes"], "palette": [[200, 0, 0], [0, 200, 0], [0, 0, 200]]}
-    scene |= {"steps": [{"new": list(g), "images": 7, "sha256": "0" * 64} for g in groups]}
-    run = RunFolder(path, validate(content, "test"), scene, given["provenance"])
-    run.create()
-    for index, matrices in enumerate(steps):
-        arrays = {f"{key}{end}": np.array(rows) for key in keys for end, rows in matrices.items()}
-        run.finish_step(index, arrays, {"images": 7, "iterations": 5, "seconds": {"train": 61.0}, "loss": {"ce": 0.5}})
-    return RunFolder.read(path)
-
-
-def learner(path: Path, **changes: Any) -> RunFolder:
-    return make(path, [{"": STEP0}, {"": STEP1, ".upto0": UPTO0}], **changes)
-
-
-def joint(path: Path, **changes: Any) -> RunFolder:
-    return make(path, [{"": JOINT}], groups=((1, 2, 3),), **{"scenario": "toy-joint"} | changes)
-
-
-def add_samples(run: RunFolder, stem: str = "a") -> None:
-    def save(path: Path, array: np.ndarray, mode: str) -> None:
-        path.parent.mkdir(exist_ok=True)
-        picture = Image.fromarray(array.astype(np.uint8))
-        if mode == "P":
-            picture.putpalette(bytes(768))
-        picture.save(path)
-
-    ids = np.array([[0, 1], [2, 3]]).repeat(8, 0).repeat(8, 1)
-    save(run.path / "samples" / f"{stem}.image.png", ids[..., None] * [60, 40, 20], "RGB")
-    save(run.path / "samples" / f"{stem}.truth.png", ids, "P")
-    for record in run.records():
-        save(record.folder / "samples" / f"{stem}.png", np.minimum(ids, 2), "P")
-
-
-def score(*runs: RunFolder, name: str = "mmseg150@1") -> list[scored.Scored]:
-    return scored.score(runs, protocol.get(name))
-
-
-def row(frame: pd.DataFrame, **where: Any) -> dict[str, Any]:
-    for key, value in where.items():
-        frame = frame[frame[key] == value]
-    assert len(frame) == 1, frame
-    return frame.iloc[0].to_dict()
-
-
-class Reader(html.parser.HTMLParser):
-    """Collects tags, attributes and text; what a browser would make of the page."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data):
-        self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.words).split())
+@pytest.fixture(autouse=True)
+def _fast_figures(request, monkeypatch):
+    """Figures are drawn but not rendered, which takes most of the time of a report, unless a test asks for it."""
+    if "rendered" not in request.fixturenames:
+        empty = {"svg": b"<svg/>", "pdf": b"%PDF", "png": b"PNG"}
+        monkeypatch.setattr(plots, "render", lambda draw: (draw(plots.LIGHT), dict(empty)))
 
 
 # Frames ---------------------------------------------------------------------------------------------------------
@@ -110,7 +54,7 @@ class Reader(html.parser.HTMLParser):
 def test_summary_by_hand(tmp_path):
     frame = frames.summary_frame(score(learner(tmp_path / "a"), joint(tmp_path / "j")))
     mine = row(frame, run="a")
-    expected = {"base": 0.75, "incremental": 2 / 3, "all": 6.5 / 9, "avg": (0.9 + 6.5 / 9) / 2}
+    expected = {"base": 0.75, "incremental": 2 / 3, "all": 6.5 / 9, "avg": (1 + 6.5 / 9) / 2}
     best = {"base": 0.95, "incremental": 10 / 11, "all": (1.9 + 10 / 11) / 3}
     assert {k: mine[k] for k in expected} == pytest.approx(expected)
     for name, value in best.items():
@@ -123,9 +67,9 @@ def test_summary_by_hand(tmp_path):
 
 
 def test_plop_counts_the_background(tmp_path):
-    # Step 0: class 3 is background: truth 10, hits 0; columns 1, 2 hold 13, 15. Step 1: no background in the truth.
+    # Step 0: class 3 is background: truth 10, hits 0; columns 1, 2 hold 15, 15. Step 1: no background in the truth.
     steps = frames.steps_frame(score(learner(tmp_path / "a"), name="plop@1"))
-    assert row(steps, step=0)["base"] == pytest.approx((0 + 8 / 15 + 10 / 15) / 3)
+    assert row(steps, step=0)["base"] == pytest.approx((0 + 10 / 15 + 10 / 15) / 3)
     assert row(steps, step=1)["base"] == pytest.approx(0.75)
     classes = frames.per_class_frame(score(learner(tmp_path / "b"), name="plop@1"))
     assert row(classes, name="background")["group"] == 0
@@ -134,12 +78,12 @@ def test_plop_counts_the_background(tmp_path):
 
 def test_forgetting_by_hand(tmp_path):
     frame = frames.forgetting_frame(score(learner(tmp_path / "a"), joint(tmp_path / "j")))
-    expected = {"first": 0.9, "last": 0.75, "drop": 0.15, "forgetting": 0.15}
-    expected |= {"lost_to_parameters": 0.1, "lost_to_competition": 0.05}
+    expected = {"first": 1, "last": 0.75, "drop": 0.25, "forgetting": 0.25}
+    expected |= {"lost_to_parameters": 11 / 60, "lost_to_competition": 4 / 60}
     for group in ("0", "mean"):
         found = row(frame, group=group)
         assert {k: found[k] for k in expected} == pytest.approx(expected)
-    assert row(frame, group="mean")["bwt"] == pytest.approx(-0.15)
+    assert row(frame, group="mean")["bwt"] == pytest.approx(-0.25)
     assert row(frame, group="1")["last"] == pytest.approx(2 / 3)
     assert np.isnan(row(frame, group="1")["drop"])
     assert set(frame["run"]) == {"a"}  # an oracle has nothing to forget
@@ -155,7 +99,7 @@ def test_without_matrices_of_earlier_outputs_the_parts_are_unknown(tmp_path):
     run = make(tmp_path / "a", [{"": STEP0}, {"": STEP1}])
     found = row(frames.forgetting_frame(score(run)), group="0")
     assert np.isnan(found["lost_to_parameters"])
-    assert found["drop"] == pytest.approx(0.15)
+    assert found["drop"] == pytest.approx(0.25)
 
 
 # Settings and oracles -------------------------------------------------------------------------------------------
@@ -179,14 +123,15 @@ def test_nearest_of_several_oracles(tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"mode": "disjoint"}, {"scenario": "toy-other"}, {"groups": ((1, 3), (2,))}, {"evaluate": {"split": "test"}}],
+    [{"mode": "disjoint"}, {"scenario": "toy-other"}, {"order": True}, {"evaluate": {"split": "test"}}],
 )
 def test_what_differs_never_shares_a_table(tmp_path, changes):
-    # The matrices of the second run only need to be scorable.
-    runs = [learner(tmp_path / "a"), learner(tmp_path / "b", **changes), joint(tmp_path / "j")]
+    other = reordered(tmp_path / "b") if "order" in changes else learner(tmp_path / "b", **changes)
+    runs = [learner(tmp_path / "a"), other, joint(tmp_path / "j")]
     assert len(scored.by_setting(score(*runs))) == 2
     for path in tables.write(runs, tmp_path / "out", IDS):
-        if path.suffix in (".md", ".tex") and path.name != "tables.tex":
+        kind = path.name.split(".")[0]
+        if path.suffix in (".md", ".tex") and kind in ("summary", "groups", "measures", "forgetting"):
             for table in path.read_text(encoding="utf-8").split("Protocol")[1:]:
                 assert len(re.findall(r"^(?:\| )?(a|b) +[|&]", table, re.MULTILINE)) == 1, table
 
@@ -217,7 +162,7 @@ def test_unfinished_run_is_labelled_and_not_compared(tmp_path):
     ones = score(part, joint(tmp_path / "j"))
     mine = row(frames.summary_frame(ones), run="part")
     assert (mine["steps_done"], mine["steps"]) == (1, 2)
-    assert mine["base"] == pytest.approx(0.9)
+    assert mine["base"] == pytest.approx(1)
     assert np.isnan(mine["all_drop"])
     assert mine["own_oracle"] is None or pd.isna(mine["own_oracle"])
     written = page.write([part], tmp_path / "out", IDS)
@@ -304,7 +249,7 @@ def test_bare_folder_without_optional_keys(tmp_path):
 def test_caveats_stand_beside_every_number(tmp_path, changes, expected):
     run = learner(tmp_path / "a", **changes)
     assert scored.caveats(run) == expected
-    tables.write([run], tmp_path / "out", IDS)
+    tables.write([run], tmp_path / "out", IDS, allow_mixed="evaluate" in changes)
     for name in ("summary.plop@1.md", "forgetting.plop@1.md", "summary.plop@1.tex"):
         text = (tmp_path / "out" / name).read_text(encoding="utf-8")
         assert ("Not comparable with published numbers" in text) == bool(expected)
@@ -320,13 +265,14 @@ def test_entry_points_write_all_files(tmp_path):
     written = registry.load("reports", "html")(runs, out, IDS)
     assert sorted(p for p in out.rglob("*") if p.is_file()) == sorted(written)
     names = {path.relative_to(out).as_posix() for path in written}
-    kinds = [
-        f"{kind}.{name}.{end}" for name in IDS for kind in ("summary", "forgetting") for end in ("csv", "md", "tex")
-    ]
-    assert {"report.html", "tables.tex", *kinds, "per_class.plop@1.csv", "steps.plop@1.csv"} <= names
-    for kind in ("miou", "forgetting"):
+    made = ("overview", "summary", "groups", "measures", "forgetting")
+    kinds = [f"{kind}.{name}.{end}" for name in IDS for kind in made for end in ("md", "tex")]
+    kinds += [f"{kind}.{name}.csv" for name in IDS for kind in tables.FRAMES if kind != "pairs"]
+    assert {"report.html", "tables.tex", *kinds, "protocols.csv", "protocols.md", "protocols.tex"} <= names
+    for kind in ("miou", "forgetting", "old_new", "cost"):
         for end in ("svg", "pdf", "png"):
             assert f"figures/{kind}.plop@1.toy-2-1.overlapped.{end}" in names
+    assert {f"figures/{kind}.plop@1.toy-2-1.overlapped.a.svg" for kind in ("heat", "class_forgetting")} <= names
     alone = registry.load("reports", "tables")(runs, tmp_path / "tables", IDS)
     assert {p.name for p in alone} == {p.name for p in written if p.parent == out} - {"report.html"}
 
@@ -341,10 +287,10 @@ def test_markdown_and_latex_in_percent(tmp_path):
     tables.write([learner(tmp_path / "a"), joint(tmp_path / "j")], tmp_path / "out", IDS)
     text = (tmp_path / "out" / "summary.mmseg150@1.md").read_text(encoding="utf-8")
     line = next(line for line in text.splitlines() if line.startswith("| a "))
-    assert [cell.strip() for cell in line.split("|")[5:9]] == ["75.00", "66.67", "72.22", "81.11"]
-    assert [cell.strip() for cell in line.split("|")[9:-1]] == ["20.00", "24.24", "21.41", "21.05", "26.67", "22.87"]
+    assert [cell.strip() for cell in line.split("|")[5:10]] == ["1†", "75.00", "66.67", "72.22", "86.11"]
+    assert [cell.strip() for cell in line.split("|")[10:-1]] == ["20.00", "24.24", "21.41", "21.05", "26.67", "22.87"]
     text = (tmp_path / "out" / "forgetting.mmseg150@1.tex").read_text(encoding="utf-8")
-    assert "mean & 2 & 90.00 & 75.00 & 15.00 & 15.00 & 10.00 & 5.00 & $-$15.00" in text
+    assert "mean & 2 & 100.00 & 75.00 & 25.00 & 25.00 & 18.33 & 6.67 & $-$25.00" in text
     assert "max over steps s \\textless{} T" in text
 
 
@@ -353,13 +299,13 @@ def test_markdown_and_latex_in_percent(tmp_path):
     [(None, "–"), (float("nan"), "–"), (0.12345, "12.35"), (-0.5, "−50.00"), (-1e-9, "0.00"), (1, "100.00")],
 )
 def test_percent(value, shown):
-    assert tables.percent(value) == shown
+    assert formats.percent(value) == shown
 
 
 def test_latex_escape_keeps_to_what_pdflatex_sets():
-    assert tables.latex_escape("a_b & 5%") == r"a\_b \& 5\%"
-    assert tables.latex_escape("\\input{x}$^~") == r"\textbackslash{}input\{x\}\$\textasciicircum{}\textasciitilde{}"
-    assert tables.latex_escape("é中\n") == r"é\textbackslash{}u4e2d "
+    assert formats.latex_escape("a_b & 5%") == r"a\_b \& 5\%"
+    assert formats.latex_escape("\\input{x}$^~") == r"\textbackslash{}input\{x\}\$\textasciicircum{}\textasciitilde{}"
+    assert formats.latex_escape("é中\n") == r"é\textbackslash{}u4e2d "
 
 
 HOSTILE = "<b onclick=alert(1)>&_$%#[1]{x}~^|*`\\input"
@@ -424,22 +370,24 @@ def test_latex_compiles(hostile):
 # Figures and samples ----------------------------------------------------------------------------------------------
 
 
-def test_same_bytes_twice(tmp_path):
+def test_same_bytes_twice(tmp_path, rendered):
     runs = [learner(tmp_path / "a"), joint(tmp_path / "j")]
-    first, second = (page.write(runs, tmp_path / name, IDS) for name in ("one", "two"))
+    add_samples(runs[0])
+    first, second = (page.write(runs, tmp_path / name, ["plop@1"]) for name in ("one", "two"))
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
 
 
 def test_figures_show_every_run(tmp_path):
-    ones = score(*(learner(tmp_path / f"run{i}", seed=i) for i in range(9)), joint(tmp_path / "j"))
-    figure = plots.miou_figure(ones, plots.LIGHT)
+    ones = score(*(learner(tmp_path / f"run{i}", method=f"m{i}") for i in range(9)), joint(tmp_path / "j"))
+    figure = plots.miou_figure(entries.entries(ones), plots.LIGHT)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [*(f"run{i}" for i in range(9)), "j (oracle)"]
     line = figure.axes[0].get_lines()[0]
-    assert line.get_ydata() == pytest.approx([90, 6500 / 90])
+    assert line.get_ydata() == pytest.approx([100, 6500 / 90])
     looks = {(x.get_color(), x.get_marker(), x.get_linestyle()) for x in figure.axes[0].get_lines()[:9]}
     assert len(looks) == 9
-    bars = plots.forgetting_figure([one for one in ones if not one.oracle], plots.LIGHT).axes[0].patches
-    assert [bar.get_height() for bar in bars] == pytest.approx([15] * 9)
+    learners = [entry for entry in entries.entries(ones) if not entry.oracle]
+    bars = plots.forgetting_figure(learners, plots.LIGHT).axes[0].patches
+    assert [bar.get_height() for bar in bars] == pytest.approx([25] * 9)
 
 
 def test_samples_in_the_page(tmp_path):
@@ -447,7 +395,7 @@ def test_samples_in_the_page(tmp_path):
     add_samples(run)
     add_samples(oracle)
     (sample,) = samples.samples(score(run, oracle))
-    assert [(name, last, [p is not None for p in panels]) for name, last, panels in sample.rows] == [
+    assert [(one.label, one.oracle, [p is not None for p in one.predictions]) for one in sample.rows] == [
         ("a", False, [True, True]),
         ("j (oracle)", True, [False, True]),
     ]
@@ -465,6 +413,7 @@ def test_samples_in_the_page(tmp_path):
         if tag == "img"
     ]
     assert sum("prediction of" in str(a["alt"]) for a in images) == 3
+    assert sum("errors of" in str(a["alt"]) for a in images) == 3
 
 
 def test_damaged_sample_is_named(tmp_path):

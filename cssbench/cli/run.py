@@ -101,26 +101,28 @@ def status(folder: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from cssbench.protocol import protocols
+    from cssbench import protocol as protocols
+    from cssbench import scoring
     from cssbench.results import RunFolder
 
     there = RunFolder.read(folder)
-    records, known = there.records(), protocols().values()
+    records = there.records()
     config = there.config
     typer.echo(f"{folder}: {config.method.name} on {there.scenario['name']}, {len(records)} of {there.num_steps} steps")
     table = Table(box=None)
     table.add_column("step")
     for heading in ("images", "iterations", "minutes"):
         table.add_column(heading, justify="right")
-    shown = [p for p in known if records and p.key in records[0].matrices]
+    shown = [p for p in map(protocols.get, protocols.DEFAULTS) if scoring.can_score(there, p)]
     for protocol in shown:
         for name in ("base", "all"):
             table.add_column(f"{name} % {protocol.id}", justify="right")
     for record in records:
-        scores = [p.scores(record.matrices[p.key], there.groups, record.index) for p in shown]
+        scores = [scoring.step_scores(there, record, p) for p in shown]
         cells = [percent(s[name]) for s in scores for name in ("base", "all")]
-        seconds = sum(record.content["seconds"].values())
-        numbers = (record.content["images"], record.content["iterations"], f"{seconds / 60:.1f}")
+        known = record.content  # an imported run knows none of these
+        minutes = f"{sum(known['seconds'].values()) / 60:.1f}" if "seconds" in known else "-"
+        numbers = (known.get("images", "-"), known.get("iterations", "-"), minutes)
         table.add_row(str(record.index), *map(str, numbers), *cells)
     Console().print(table)
 
@@ -134,19 +136,24 @@ def report(
     out: Annotated[Path, typer.Option("--out", help="Folder for the report.")],
     kind: Annotated[str, typer.Option(help="Report: a name of `cssbench list reports`.")] = "html",
     protocol: Annotated[list[str] | None, typer.Option(help="Scoring protocol; may repeat.")] = None,
+    allow_mixed: Annotated[
+        bool, typer.Option("--allow-mixed", help="Print what must not share a table, and say so in the captions.")
+    ] = False,
 ) -> None:
     """Write tables, plots and one HTML page from run folders."""
-    for path in write_report(runs, out, kind, protocol or ["mmseg150@1", "plop@1"]):
+    for path in write_report(runs, out, kind, protocol or ["mmseg150@1", "plop@1"], allow_mixed):
         typer.echo(path)
 
 
-def write_report(runs: list[Path], out: Path, kind: str, protocol_ids: list[str]) -> list[Path]:
+def write_report(
+    runs: list[Path], out: Path, kind: str, protocol_ids: list[str], allow_mixed: bool = False
+) -> list[Path]:
     from cssbench import protocol, registry
     from cssbench.results import RunFolder
 
     ids = [protocol.get(name).id for name in protocol_ids]
     write = registry.load("reports", kind)
-    return write([RunFolder.read(path) for path in runs], out, ids)
+    return write([RunFolder.read(path) for path in runs], out, ids, allow_mixed=allow_mixed)
 
 
 def demo(out: Annotated[Path, typer.Option("--out", help="Folder for runs, data and report.")] = Path("demo")) -> None:
