@@ -131,8 +131,8 @@ def old_new_figure(found: Sequence[Entry], theme: Theme) -> Figure:
     axes.set_ylabel("incremental classes, mIoU %", color=theme.ink)
     low, high = np.min(points, axis=0), np.max(points, axis=0)
     room = np.maximum(0.12 * (high - low), 2)
-    axes.set_xlim(low[0] - room[0], high[0] + room[0])
-    axes.set_ylim(low[1] - room[1], high[1] + room[1])
+    axes.set_xlim(max(0, low[0] - room[0]), high[0] + room[0])
+    axes.set_ylim(max(0, low[1] - room[1]), high[1] + room[1])
     weights = all_weights(found[0].first.protocol, found[0].first.setting.groups)
     if weights:
         x, y = np.meshgrid(np.linspace(*axes.get_xlim(), 60), np.linspace(*axes.get_ylim(), 60))
@@ -169,8 +169,8 @@ def cost_figure(found: Sequence[Entry], theme: Theme) -> Figure:
                     (handles[with_n(entry)],) = axes.plot(value / divisor, 100 * mean, **style)
         dress(axes, theme, "", title)
         axes.margins(0.12)
-        left = axes.get_xlim()[1]
-        axes.set_xlim(0, left)
+        axes.set_xlim(0, axes.get_xlim()[1])
+    panels[0].set_ylim(bottom=0)
     panels[0].set_ylabel("all classes, mIoU %", color=theme.ink)
     legend(figure, handles, theme)
     return figure
@@ -187,7 +187,7 @@ def _styles(found: Sequence[Entry], theme: Theme) -> list[tuple[Entry, dict[str,
             look = {"marker": MARKERS[learners % 9], "color": COLOURS[learners % 7], "markersize": 7}
             look |= {"markeredgecolor": theme.page, "markeredgewidth": 0.6}
             learners += 1
-        styles.append((entry, look | {"linestyle": "none"}))
+        styles.append((entry, look | {"linestyle": "none", "clip_on": False, "zorder": 3}))
     return styles
 
 

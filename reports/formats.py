@@ -14,8 +14,9 @@ from cssbench.reports.noise import Spread
 
 MISSING = "–"
 MIOU, DROP, RELATIVE, CHANGE = "mIoU, %", "drop to oracle, points", "relative drop, %", "change, points"
+GROUPS = "classes of a group, by the step that taught it"
 # Markdown has one line of headings: what stands there before the name of a column, where not the heading itself.
-SHORT = {"": "", MIOU: "", CHANGE: "", DROP: "drop, points: ", RELATIVE: "relative drop, %: "}
+SHORT = {"": "", MIOU: "", GROUPS: "group ", CHANGE: "", DROP: "drop, points: ", RELATIVE: "relative drop, %: "}
 PUBLISHED = "0B5CAD"  # RGB of published rows and marks, as --link in report.css
 
 
@@ -56,7 +57,7 @@ class Table:
     formulas: dict[str, str]
     notes: tuple[str, ...]
     best: frozenset[tuple[int, int]] = frozenset()
-    aside: tuple[str, ...] = ("method", "model", "seed", "classes", "source")
+    aside: tuple[str, ...] = ("method", "model", "seed", "classes")
     wrap: tuple[str, ...] = ("why",)
     remarks: tuple[str, ...] = ()
 
@@ -222,7 +223,7 @@ LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
     "±": "$\\pm$",
     "×": "$\\times$",
     "≥": "$\\geq$",
-    "▼": "$\\triangledown$",
+    "▼": "$\\blacktriangledown$",
     "†": "\\dag{}",
     "‡": "\\ddag{}",
     "…": "\\ldots{}",

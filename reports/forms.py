@@ -10,12 +10,12 @@ from collections.abc import Iterable, Sequence
 import pandas as pd
 
 from cssbench.metrics import continual
-from cssbench.reports import frames
+from cssbench.reports import frames, literature
 from cssbench.reports.admission import mix
 from cssbench.reports.entries import Entry, by_class_and_seed, entries
-from cssbench.reports.formats import CHANGE, DROP, MIOU, RELATIVE, Table, percent, plus_minus, ranges
+from cssbench.reports.formats import CHANGE, DROP, GROUPS, MIOU, MISSING, RELATIVE, Table, percent, plus_minus, ranges
 from cssbench.reports.noise import RULE, Spread, clear_best, sign_flip
-from cssbench.reports.scored import Scored, caveats, own_oracle
+from cssbench.reports.scored import Scored, Setting, caveats, own_oracle
 
 SINGLE = "† A single run (n = 1): a difference within the noise between runs is no win."
 SPREAD = "±: sample standard deviation over the n runs of a row, which differ in the seed alone."
@@ -104,34 +104,42 @@ def _p(value: float | None) -> str:
 
 
 def first_last_table(scored: Sequence[Scored]) -> Table | None:
-    """The form of thesis Table 4.12: a column per group; first time, last time and drop of each run below each other.
-
-    None when nothing was learned before the last step.
-    """
+    """The form of thesis Table 4.12: a column per group; first time, last time and drop of each run below each other,
+    then of published runs of the same scenario. None when nothing was learned before the last step."""
     found = [entry for entry in entries(scored) if not entry.oracle]
     if not any(entry.first.done > 1 for entry in found):
         return None
-    groups, done = scored[0].setting.groups, max(entry.first.done for entry in found)
-    rows = [_first_last(entry, done) for entry in found]
+    setting, done = scored[0].setting, max(entry.first.done for entry in found)
+    published = _published_first_last(setting, done)
+    rows = [_first_last(entry, done) for entry in found] + list(published.values())
+    names = [*(entry.shown_as for entry in found), *published]
     columns: dict[tuple[str, str], Iterable[str]] = {
-        ("", "run"): [text for entry in found for text in (entry.shown_as, "", "")],
-        ("", "mIoU, %"): [text for _ in found for text in ("first time", "last time", "drop")],
+        ("", "run"): [text for name in names for text in (name, "", "")],
+        ("", "mIoU, %"): [text for _ in names for text in ("first time", "last time", "drop")],
     }
     for g in range(done):
-        name = f"{_classes(groups[g])}{' (base)' if g == 0 else ''}"
-        columns["classes of a group, by the step that taught it", f"{g}: {name}"] = [
-            r for each in rows for r in each[g]
-        ]
+        name = f"{_classes(setting.groups[g])}{' (base)' if g == 0 else ''}"
+        columns[GROUPS, f"{g}: {name}"] = [text for each in rows for text in each[g]]
     if done > 1:
-        columns["", f"mean of 1–{done - 1}"] = [r for each in rows for r in each[done]]
-    kinds = [
-        " ".join(word for word, holds in (("unfinished", not entry.finished), ("start", n and not row)) if holds)
-        for n, entry in enumerate(found)
-        for row in range(3)
-    ]
+        columns["", f"mean of 1–{done - 1}"] = [text for each in rows for text in each[done]]
+    words = [kind_of(entry) for entry in found] + ["published"] * len(published)
+    kinds = [f"{word}{' start' if n and not row else ''}".strip() for n, word in enumerate(words) for row in range(3)]
     notes = [f"mean of 1–{done - 1}: {THESIS_MEAN}.", *noise_notes(found, False)[:1]]
     formulas = ["first", "last", "drop"]
     return table("First and last mIoU of each group", scored, columns, 2, kinds, formulas, notes)
+
+
+def _published_first_last(setting: Setting, done: int) -> dict[str, list[tuple[str, str, str]]]:
+    """Who printed it -> as `_first_last`, as printed; of the scenario and mode of `setting`."""
+    places = {f"{group[0]}-{group[-1]}": g for g, group in enumerate(setting.groups)} | {"mean": done}
+    found: dict[str, list[tuple[str, str, str]]] = {}
+    for row in literature.shipped().forgetting:
+        if (row.scenario, row.mode) == (setting.scenario, setting.mode) and row.group in places:
+            name = f"{row.method}, {row.backbone}\n{row.paper} {row.year}, {row.protocol or 'protocol not stated'}"
+            cells = found.setdefault(name, [(MISSING,) * 3] * (done + 1))
+            if places[row.group] < len(cells):
+                cells[places[row.group]] = str(row.first), str(row.last), str(row.forgetting)
+    return found
 
 
 def _first_last(entry: Entry, done: int) -> list[tuple[str, str, str]]:

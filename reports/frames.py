@@ -80,7 +80,7 @@ def means_frame(scored: Sequence[Scored]) -> pd.DataFrame:
             rows.append(row)
     columns = [f"{name}_{part}" for name in (*SUMMARY, *DROPS) for part in ("mean", "std")]
     frame = to_frame(rows, columns)
-    return frame[[*(c for c in frame if c not in columns), *columns]]
+    return frame.reindex(columns=[*(c for c in frame if c not in columns), *columns])
 
 
 def pairs_frame(scored: Sequence[Scored]) -> pd.DataFrame:

@@ -100,7 +100,7 @@ def overview_table(scored: Sequence[Scored], orders: int = 1) -> Table:
     formulas = [*frames.SUMMARY, "drop to oracle", "relative drop"]
     kinds = [line.kind for line in lines]
     made = assemble(caption, columns, len(heads), kinds, formulas, notes, frozenset(best))
-    return replace(made, remarks=tuple(_remarks(published)))
+    return replace(made, remarks=tuple(_remarks(published)), aside=())
 
 
 def _our_lines(found: dict[str, list[Entry]], protocol: str) -> list[Line]:
@@ -187,7 +187,7 @@ def _published_lines(scenarios: Iterable[str], mode: str, protocol: str) -> list
         printed = lines[key]
         row = next(iter(printed.values())).row
         flagged = " ‡" if any(verdict.flags for verdict in printed.values()) else ""
-        fits = "/".join(dict.fromkeys(verdict.fits for verdict in printed.values()))
+        fits = "/".join(dict.fromkeys(verdict.fits for verdict in printed.values())).replace("/fits ", "/")
         shown = f"{row.method}{' (reproduced)' if row.reproduced else ''}{flagged}"
         read = f"{row.paper} {row.year}\n{row.protocol or 'protocol not stated'}; {fits}"
         start = not made or (made[-1].model, source) != (row.backbone, row.file)

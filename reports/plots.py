@@ -35,7 +35,7 @@ MARKERS = "osD^vPX<>"
 LINES = ("-", "--", ":", "-.")
 HATCHES = ("", "//", "\\\\", "xx", "--", "++", "||", "//--")
 LEAST = 1.0  # points that an axis of differences covers at least: noise must not look like a result
-LEGEND = 108  # characters across a figure
+LEGEND = 15  # characters of a legend per inch of a figure's width
 LABEL = 48  # longest name in a figure, characters
 SETTINGS: Any = {
     "svg.hashsalt": "cssbench",
@@ -55,17 +55,16 @@ METADATA: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of a figure: text and axes, grid, oracle, published numbers, page."""
+    """Colours of a figure: text and axes, grid, oracle, page."""
 
     ink: str
     grid: str
     oracle: str
-    published: str
     page: str
 
 
-LIGHT = Theme("#1f2328", "#d8dce1", "#5b626b", "#0b5cad", "#ffffff")
-DARK = Theme("#e4e7eb", "#3a4048", "#a9b0b9", "#79b8ff", "#16191d")
+LIGHT = Theme("#1f2328", "#d8dce1", "#5b626b", "#ffffff")
+DARK = Theme("#e4e7eb", "#3a4048", "#a9b0b9", "#16191d")
 
 
 @dataclass(frozen=True)
@@ -178,7 +177,8 @@ def legend(figure: Figure, handles: dict[str, Any], theme: Theme) -> None:
     # matplotlib leaves out labels that begin with an underscore.
     names = [legible(name) for name in handles]
     names = [f" {name}" if name.startswith("_") else name for name in names]
-    columns = next(n for n in range(min(6, len(names)), 0, -1) if n == 1 or _width(names, n) <= LEGEND)
+    room = LEGEND * figure.get_figwidth()
+    columns = next(n for n in range(min(6, len(names)), 0, -1) if n == 1 or _width(names, n) <= room)
     columns = -(-len(names) // -(-len(names) // columns))  # as few as fill the same number of rows
     figure.legend(
         list(handles.values()), names, loc="outside lower center", ncols=columns, frameon=False, labelcolor=theme.ink,

@@ -229,3 +229,13 @@ def test_the_log_of_rcil_is_of_no_other_scenario(rcil: Path, scenario: str, mess
     scene: Scenario = load(scenario)
     with pytest.raises(DataError, match=message):
         imported.read_plop_csv(rcil, scene)
+
+
+def test_a_report_on_an_imported_run_alone(rcil: Path, command, tmp_path: Path):
+    """Only the protocol of the log can be scored; the default protocols that it does not support are left out."""
+    out = tmp_path / "run"
+    assert command("import", "plop-csv", rcil, "--scenario", "ade20k-100-50", "--out", out)[0] == 0
+    code, _, err = command("report", out, "--out", tmp_path / "report", "--kind", "tables")
+    assert code == 0, err
+    assert "42.35" in (tmp_path / "report" / "summary.plop@1.md").read_text()
+    assert not list((tmp_path / "report").glob("*mmseg150*"))

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from cssbench import protocol
+from cssbench import protocol, scoring
 from cssbench.errors import RunError, UnknownNameError
+from cssbench.metrics import continual
 from cssbench.metrics.confusion import confusion
+from cssbench.results import RunFolder
 
 # Rows: truth (void, 1, 2, 3); columns: prediction (background, 1, 2, 3).
 MATRIX = np.array([[5, 2, 1, 0], [1, 6, 1, 0], [0, 2, 8, 2], [3, 0, 1, 4]])
@@ -283,6 +285,15 @@ def test_protocol_show_and_list(command):
     assert (code, "Did you mean 'plop@1'" in err) == (2, True)
 
 
+RESULTS = Path(__file__).parents[1] / "reports" / "results"
+SHOWN = (RESULTS / "camvid-6-1/runs/camvid-6-1-segvit-cl", RESULTS / "synthetic-10-5/runs/segvit-cl")
+
+
+def after_last_step(name: str, folder: Path) -> list[float]:
+    scores = scoring.run_scores(RunFolder.read(folder), protocol.get(name))
+    return [*(scores[-1][mean] for mean in ("base", "incremental", "all")), continual.average(scores)]
+
+
 def test_the_page_of_the_docs_agrees_with_the_objects_and_the_hand_worked_numbers():
     page = (Path(__file__).parents[1] / "docs" / "protocols.md").read_text(encoding="utf-8")
     rows = {line.split("`")[1]: [] for line in page.splitlines() if line.startswith("| `")}
@@ -290,7 +301,8 @@ def test_the_page_of_the_docs_agrees_with_the_objects_and_the_hand_worked_number
         if line.startswith("| `"):
             rows[line.split("`")[1]].append([cell.strip() for cell in line.strip("| ").split("|")])
     assert list(rows) == list(BY_HAND)
-    for name, (rules, numbers) in rows.items():
+    for name, (rules, numbers, measured) in rows.items():
+        assert measured[1:9] == [f"{100 * value:.2f}" for folder in SHOWN for value in after_last_step(name, folder)]
         each, (_, *means) = protocol.get(name), BY_HAND[name][1]
         assert rules[1] == each.used_by
         assert rules[2].startswith(each.geometry) or rules[2] == "centre crop"
