@@ -125,7 +125,7 @@ def markdown(table: Table) -> str:
 
     rows = [[one(cell) for cell in cells] for _, cells in table.rows]
     names = [escape(SHORT.get(head, f"{head}: ") + name) for head, name in table.columns]
-    align = ["left"] * table.text + ["right"] * (len(names) - table.text)
+    align = ["right" if head.number else "left" for _, heads in table.headings for head in heads]
     flat = pd.DataFrame(rows, columns=pd.Index(names), dtype=object)
     grid = flat.to_markdown(index=False, disable_numparse=True, colalign=align)
     formulas = [f"- {escape(name)}: {escape(formula)}" for name, formula in table.formulas.items()]

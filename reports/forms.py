@@ -18,7 +18,9 @@ from cssbench.reports.noise import RULE, Spread, clear_best, sign_flip
 from cssbench.reports.scored import Scored, Setting, caveats, own_oracle
 
 SINGLE = "† A single run (n = 1): a difference within the noise between runs is no win."
-SPREAD = "±: sample standard deviation over the n runs of a row, which differ in the seed alone."
+SPREAD = (
+    "±: sample standard deviation over the n runs of a row: other seeds, and class orders where the caption says so."
+)
 THESIS_MEAN = "mean over the incremental groups, the newest (drop 0) included, as in thesis Table 4.12"
 
 
@@ -71,12 +73,17 @@ def oracle_notes(found: Sequence[Entry], scored: Sequence[Scored]) -> list[str]:
     return [f"Own oracle of {', '.join(runs)}: {oracle}." for oracle, runs in served.items()]
 
 
-def noise_notes(found: Sequence[Entry], bold: bool) -> list[str]:
-    """What ± and † mean and when a number is bold, as far as the table shows them."""
+def noise_notes(found: Sequence[Entry], bold: bool | None = None) -> list[str]:
+    """What ± and † mean, as far as the table shows them, and when a number is bold. bold: whether any is; None where a
+    table has no such thing."""
     several = sum(entry.compared and entry.n > 1 for entry in found) > 1
-    holds = {SPREAD: any(entry.n > 1 for entry in found), SINGLE: any(entry.n == 1 for entry in found)}
-    none = "No lead exceeds the noise: nothing is bold."
-    return [*(note for note, shown in holds.items() if shown), *([RULE if bold else none] if several else [])]
+    holds = {
+        SPREAD: any(entry.n > 1 for entry in found),
+        SINGLE: any(entry.n == 1 for entry in found),
+        RULE: several and bool(bold),
+        "No lead exceeds the noise: nothing is bold.": several and bold is False,
+    }
+    return [note for note, shown in holds.items() if shown]
 
 
 def pair_notes(found: Sequence[Entry]) -> list[str]:
@@ -90,12 +97,12 @@ def pair_notes(found: Sequence[Entry]) -> list[str]:
     (best, one), (second, other) = ranked[:2]
     classes, seeds = by_class_and_seed(one, other)
     text = (
-        f"all, {one.label} against {other.label}: {percent(best - second)} points; paired sign-flip test (two-sided) "
-        f"over {len(classes)} classes {_p(sign_flip(classes))}, which tells these very runs apart"
+        f"all, {one.label} against {other.label}: {percent(best - second)} points. Paired sign-flip test, two-sided: "
+        f"about these very runs, over {len(classes)} classes, {_p(sign_flip(classes))}"
     )
     if len(seeds) > 1:
         least = f" (no less is possible than {2 / 2 ** len(seeds):.3f})" if len(seeds) < 6 else ""
-        text += f"; over {len(seeds)} seeds {_p(sign_flip(seeds))}{least}, which tells the methods apart"
+        text += f"; about the methods, over {len(seeds)} seeds, {_p(sign_flip(seeds))}{least}"
     return [f"{text}."]
 
 
@@ -110,7 +117,7 @@ def first_last_table(scored: Sequence[Scored]) -> Table | None:
     if not any(entry.first.done > 1 for entry in found):
         return None
     setting, done = scored[0].setting, max(entry.first.done for entry in found)
-    published = _published_first_last(setting, done)
+    later, published = ranges(range(1, done)), _published_first_last(setting, done)
     rows = [_first_last(entry, done) for entry in found] + list(published.values())
     names = [*(entry.shown_as for entry in found), *published]
     columns: dict[tuple[str, str], Iterable[str]] = {
@@ -121,10 +128,10 @@ def first_last_table(scored: Sequence[Scored]) -> Table | None:
         name = f"{_classes(setting.groups[g])}{' (base)' if g == 0 else ''}"
         columns[GROUPS, f"{g}: {name}"] = [text for each in rows for text in each[g]]
     if done > 1:
-        columns["", f"mean of 1–{done - 1}"] = [text for each in rows for text in each[done]]
+        columns["", f"mean of {later}"] = [text for each in rows for text in each[done]]
     words = [kind_of(entry) for entry in found] + ["published"] * len(published)
     kinds = [f"{word}{' start' if n and not row else ''}".strip() for n, word in enumerate(words) for row in range(3)]
-    notes = [f"mean of 1–{done - 1}: {THESIS_MEAN}.", *noise_notes(found, False)[:1]]
+    notes = [f"mean of {later}: {THESIS_MEAN}.", *noise_notes(found)]
     formulas = ["first", "last", "drop"]
     return table("First and last mIoU of each group", scored, columns, 2, kinds, formulas, notes)
 
@@ -220,7 +227,7 @@ def measures_table(scored: Sequence[Scored]) -> Table | None:
         columns["%, points", name] = map(plus_minus, values)
     notes = [
         "intransigence: of the newest group, the only one that the own oracle can judge.",
-        *noise_notes(found, False),
+        *noise_notes(found),
     ]
     kinds = [kind_of(entry) for entry in found]
     return table("Measures of continual learning", scored, columns, 1, kinds, names, notes)

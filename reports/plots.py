@@ -227,7 +227,8 @@ def render(draw: Callable[[Theme], Figure]) -> tuple[Figure, dict[str, bytes]]:
         figure.set_layout_engine("none")
         for kind in ("svg", "pdf", "png"):
             buffer = io.BytesIO()
-            figure.savefig(buffer, format=kind, dpi=200, metadata=METADATA[kind])
+            # tight: long class names reach beyond what the layout engine foresaw
+            figure.savefig(buffer, format=kind, dpi=200, metadata=METADATA[kind], bbox_inches="tight", pad_inches=0.06)
             found[kind] = buffer.getvalue()
     return figure, found
 

@@ -30,7 +30,8 @@ def make(path: Path, steps: list[dict[str, Any]], groups=((1, 2), (3,)), keys=KE
     given = {"seed": 0, "method": "finetune", "model": "tiny", "mode": "overlapped", "scenario": "toy-2-1", "note": ""}
     given |= {"classes": ["sky", "tree", "car"], "provenance": {"data": {"name": "toy"}}, "evaluate": {}} | changes
     content = {"seed": given["seed"], "note": given["note"], "evaluate": given["evaluate"], "train": {"iterations": 5}}
-    content |= {kind: {"name": given[kind]} for kind in ("method", "model", "scenario")}
+    parts = {kind: given[kind] for kind in ("method", "model", "scenario")}
+    content |= {kind: part if isinstance(part, dict) else {"name": part} for kind, part in parts.items()}
     scene = {"name": given["scenario"], "dataset": "toy", "mode": given["mode"], "void": "background"}
     scene |= {"classes": given["classes"], "palette": [[200, 0, 0], [0, 200, 0], [0, 0, 200]]}
     scene |= {"steps": [{"new": list(g), "images": 7, "sha256": "0" * 64} for g in groups]}
@@ -44,6 +45,18 @@ def make(path: Path, steps: list[dict[str, Any]], groups=((1, 2), (3,)), keys=KE
 
 def learner(path: Path, **changes: Any) -> RunFolder:
     return make(path, [{"": STEP0}, {"": STEP1, ".upto0": UPTO0}], **changes)
+
+
+def other_seed(path: Path, **changes: Any) -> RunFolder:
+    """As `learner`, with seed 1 and other numbers after the last step: 0.6, 1, 10/14."""
+    step1 = [[0, 0, 0, 0], [0, 6, 0, 4], [0, 0, 10, 0], [0, 0, 0, 10]]
+    return make(path, [{"": STEP0}, {"": step1, ".upto0": UPTO0}], **{"seed": 1} | changes)
+
+
+def forgetful(path: Path, **changes: Any) -> RunFolder:
+    """As `learner`, after the last step: 0.1, 1, 10/19."""
+    step1 = [[0, 0, 0, 0], [0, 1, 0, 9], [0, 0, 10, 0], [0, 0, 0, 10]]
+    return make(path, [{"": STEP0}, {"": step1, ".upto0": UPTO0}], **{"method": "worse"} | changes)
 
 
 def reordered(path: Path, **changes: Any) -> RunFolder:

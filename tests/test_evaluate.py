@@ -437,12 +437,12 @@ def test_matrices_do_not_depend_on_the_workers():
     same(alone, evaluate(OneOf(), model, view(data, model), SCENE, SCENE.steps[-1], workers=1)[0])
 
 
-def on_two_processes(out: str) -> None:
+def on_processes(out: str, world: int) -> None:
     """Run by torchrun below: the real sum of Fabric, over gloo."""
     from cssbench.trainer import make_fabric
 
-    fabric = make_fabric(TrainConfig(iterations=1, accelerator="cpu", devices=2))
-    assert fabric.world_size == 2
+    fabric = make_fabric(TrainConfig(iterations=1, accelerator="cpu", devices=world))
+    assert fabric.world_size == world
     data = random_data(*SHAPES[:3])
     model = Oracle(True, K)
     found, _ = evaluate(fabric, model, view(data, model), SCENE, SCENE.steps[-1])
@@ -451,13 +451,22 @@ def on_two_processes(out: str) -> None:
 
 
 @pytest.mark.slow
-def test_two_real_processes_give_the_matrices_of_one(tmp_path: Path):
+@pytest.mark.parametrize("world", [2, 4])
+def test_real_processes_give_the_matrices_of_one(tmp_path: Path, world: int):
     script = tmp_path / "run.py"
     script.write_text(
         f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        f"import test_evaluate\ntest_evaluate.on_two_processes({str(tmp_path / 'out.npz')!r})\n"
+        f"import test_evaluate\ntest_evaluate.on_processes({str(tmp_path / 'out.npz')!r}, {world})\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(world),
+        str(script),
+    ]
     run = subprocess.run(
         command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, timeout=240
     )
