@@ -36,13 +36,15 @@ def summary_table(scored: Sequence[Scored]) -> Table:
         ("", "n"): [count(entry) for entry in found],
     }
     columns |= {(MIOU, name): [plus_minus(entry.last(name)) for entry in found] for name in frames.SUMMARY}
-    best = best_cells(found, 5) if not mix(scored) else frozenset()
+    mixed = bool(mix(scored))
+    best = frozenset() if mixed else best_cells(found, 5)
     formulas = list(frames.SUMMARY)
     if any(value for each in drops for value in each.values()):
         for head, kind in ((DROP, "_drop"), (RELATIVE, "_relative_drop")):
             columns |= {(head, name): [_mean_of(each[name + kind]) for each in drops] for name in frames.MEANS}
         formulas += ["drop to oracle", "relative drop"]
-    notes = [*oracle_notes(found, scored), *noise_notes(found, bool(best)), *pair_notes(found)]
+    notes = [*oracle_notes(found, scored), *noise_notes(found, None if mixed else bool(best))]
+    notes += [] if mixed else pair_notes(found)
     kinds = [kind_of(entry) for entry in found]
     return table("Accuracy after the last step", scored, columns, 4, kinds, formulas, notes, best)
 

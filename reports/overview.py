@@ -90,7 +90,7 @@ def overview_table(scored: Sequence[Scored], orders: int = 1) -> Table:
         for measure in frames.SUMMARY:
             columns[name, measure] = [_cell(line, name, measure, members) for line in lines]
     found = [entry for line in lines for entry in line.ours.values()]
-    notes = [f"{BELOW}.", *oracle_notes(found, scored), *noise_notes(found, bool(best))]
+    notes = [f"{BELOW}.", *oracle_notes(found, scored), *noise_notes(found, None if mixed else bool(best))]
     notes += [PRINTED, _sources(published)] if published else []
     over = f", mean over {orders} class orders" if orders > 1 else ""
     caption = (

@@ -47,7 +47,7 @@ def test_only_a_lead_beyond_the_noise_is_a_win(means, stds, numbers, best):
         ([3, 1, -1], 6 / 8),  # of +-3 +-1 +-1, all but +-(3 - 1 - 1) reach 3
         ([1, -1], 1),
         ([0, 0], 1),
-        ([0.1, 0.1, 0.1], 2 / 8),  # sums in another order, equal but for the last digit
+        ([-0.3, 0.1, 0.2, 0.4], 10 / 16),  # 0.3 - 0.1 - 0.2 + 0.4 is as large, but for the last digit
     ],
 )
 def test_sign_flip_by_hand(differences, p):
