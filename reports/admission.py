@@ -67,18 +67,16 @@ def _refuse_mixes(found: dict[str, list[Scored]]) -> None:
 
 
 def mix(members: Sequence[Scored]) -> list[str]:
-    """What makes the rows of one table incomparable, a clause each; runs stand under their labels.
+    """What makes the rows of one table incomparable, a clause each (`compare.differences`); runs under their labels.
 
-    A head belongs to the method, so models may differ in it; backbones may not. Scenarios of a table over several may
-    differ in their steps. What an imported log was made from is not known, and its rows say that they are imported.
+    Scenarios of a table over several may differ in their steps. What an imported log was made from is not known, and
+    its rows say that they are imported.
     """
     names = labels([one.run for one in members])
     runs = list({one.run.path: one.run for one in members if not one.imported}.values())
     if not runs:
         return []
     found = compare.differences(runs, members[0].protocol)
-    if all(backbone(run) == backbone(runs[0]) for run in runs):
-        found = [clause for clause in found if not clause.startswith("model.")]
     if len({one.setting for one in members}) > 1:
         found = [clause for clause in found if not clause.startswith(SCENARIO)]
     if len({one.setting.order for one in members}) > 1:  # a table over class orders
@@ -86,12 +84,6 @@ def mix(members: Sequence[Scored]) -> list[str]:
     for path in sorted(names, key=lambda path: -len(str(path))):
         found = [clause.replace(str(path), names[path]) for clause in found]
     return found
-
-
-def backbone(run: RunFolder) -> Any:
-    """The settings of the backbone; of a model without such a section, all settings of the model."""
-    model = run.config.model
-    return model.options.get("backbone", (model.name, model.options))
 
 
 def by_comparability(scored: Sequence[Scored]) -> dict[tuple[Any, ...], list[Scored]]:

@@ -9,7 +9,7 @@ from decimal import Decimal
 from functools import cache
 
 from cssbench.reports import frames, lint, literature
-from cssbench.reports.admission import backbone, by_comparability, mix
+from cssbench.reports.admission import by_comparability, mix
 from cssbench.reports.entries import Entry, entries
 from cssbench.reports.formats import MISSING, Table, percent, plus_minus
 from cssbench.reports.forms import assemble, best_cells, count, kind_of, noise_notes, oracle_notes, warning
@@ -132,9 +132,10 @@ def _method(entry: Entry) -> str:
 
 def _model(entry: Entry) -> str:
     """Name of the model, and of its backbone where it has a section of that name."""
-    model, found = entry.first.run.config.model.name, backbone(entry.first.run)
-    name = found.get("name") if isinstance(found, dict) else None
-    return f"{model}, {name}" if name else model
+    model = entry.first.run.config.model
+    backbone = model.options.get("backbone")
+    name = backbone.get("name") if isinstance(backbone, dict) else None
+    return f"{model.name}, {name}" if name else model.name
 
 
 def _cell(line: Line, scenario: str, measure: str, members: Sequence[Scored]) -> str:

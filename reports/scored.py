@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from cssbench import scoring
+from cssbench import compare, scoring
 from cssbench.errors import RunError
 from cssbench.metrics import continual
 from cssbench.protocol import Protocol
@@ -120,7 +120,7 @@ class Scored:
 
     scores: `Protocol.scores` after each finished step (an oracle: once, after all classes). step_ious: class id -> IoU
     after the same steps. alone[g]: see `continual.lost_parts`. All in [0, 1].
-    flaws: why it stands in tables by permission only.
+    flaws: why it stands in tables by permission only. fitting: labels of the oracles that may be its own.
     """
 
     setting: Setting
@@ -131,6 +131,7 @@ class Scored:
     step_ious: tuple[dict[int, float], ...]
     alone: tuple[float | None, ...]
     flaws: tuple[str, ...] = ()
+    fitting: frozenset[str] = frozenset()
 
     @property
     def ious(self) -> dict[int, float]:
@@ -252,7 +253,16 @@ def score(
         for run in members:
             scored = _score_one(setting, protocol, run, names[run.path], flaws.get(run.path, ()))
             found += [scored] if scored else []
-    return found
+    return [replace(one, fitting=_fitting(one, found)) for one in found]
+
+
+def _fitting(one: Scored, among: Iterable[Scored]) -> frozenset[str]:
+    """The oracles of the same model and data, without any other difference that counts."""
+    if one.oracle or one.imported:
+        return frozenset()
+    oracles = [o for o in among if o.oracle and o.setting == one.setting]
+    alike = [o for o in oracles if o.run.config.model == one.run.config.model]
+    return frozenset(o.label for o in alike if not compare.differences([one.run, o.run], one.protocol))
 
 
 def by_setting(scored: Iterable[Scored]) -> dict[Setting, list[Scored]]:
@@ -264,11 +274,11 @@ def by_setting(scored: Iterable[Scored]) -> dict[Setting, list[Scored]]:
 
 
 def own_oracle(one: Scored, among: Iterable[Scored]) -> Scored | None:
-    """The oracle of the same model and data; of several, one of the same method and seed is preferred."""
-    if one.oracle or not one.finished:
+    """Of the oracles that fit, one of the same method and seed is preferred. None for an unfinished run."""
+    if not one.finished:
         return None
     mine = one.run.config
-    fitting = [o for o in among if o.oracle and o.setting == one.setting and o.run.config.model == mine.model]
+    fitting = [o for o in among if o.label in one.fitting and o.setting == one.setting]
 
     def likeness(oracle: Scored) -> tuple[bool, bool]:
         return oracle.run.config.method == mine.method, oracle.run.config.seed == mine.seed

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from report_runs import IDS, JOINT, add_samples, joint, learner, make, score
+from report_runs import IDS, JOINT, add_samples, forgetful, joint, learner, make, other_seed, score
 
 from cssbench.errors import RunError
 from cssbench.reports import admission, gallery, plots, scored, tables
@@ -77,10 +77,26 @@ def test_the_mix_is_in_every_caption(tmp_path, monkeypatch):
 
 
 def test_nothing_is_bold_in_a_mixed_table(tmp_path):
-    runs = [learner(tmp_path / f"a{s}", model=WIDE, seed=s) for s in (0, 1)]
-    runs += [learner(tmp_path / f"b{s}", model=NARROW, seed=s, method="other") for s in (0, 1)]
-    tables.write(runs, tmp_path / "out", ["mmseg150@1"], allow_mixed=True)
-    assert "**" not in (tmp_path / "out" / "summary.mmseg150@1.md").read_text(encoding="utf-8")
+    runs = [learner(tmp_path / "a0", model=WIDE), other_seed(tmp_path / "a1", model=WIDE)]
+    runs += [forgetful(tmp_path / f"b{s}", model=WIDE, seed=s) for s in (0, 1)]
+    tables.write(runs, tmp_path / "alike", ["mmseg150@1"])
+    runs += [forgetful(tmp_path / "c", model=NARROW)]
+    tables.write(runs, tmp_path / "mixed", ["mmseg150@1"], allow_mixed=True)
+    for kind in ("summary", "overview"):
+        alike, mixed = (
+            (tmp_path / n / f"{kind}.mmseg150@1.md").read_text(encoding="utf-8") for n in ("alike", "mixed")
+        )
+        assert "**77.50 ± 3.54" in alike
+        assert "**" not in mixed
+        assert "Paired" not in mixed
+
+
+def test_an_oracle_that_differs_is_nobodys_own(tmp_path):
+    runs = [learner(tmp_path / "a"), joint(tmp_path / "j", evaluate={"short_side": 256})]
+    ones = score(*runs)
+    assert scored.own_oracle(ones[0], ones) is None
+    ones = score(*runs, name="plop@1")  # which reads the crop, where they agree
+    assert scored.own_oracle(ones[0], ones).label == "j"
 
 
 @pytest.mark.parametrize(

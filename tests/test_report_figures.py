@@ -97,6 +97,15 @@ def test_accuracy_against_cost(tmp_path):
     assert [line.get_xdata()[0] for line in parameters.get_lines()] == pytest.approx([2.000001])
 
 
+@pytest.mark.parametrize("other", [False, True])
+def test_times_of_different_machines_are_said_not_to_compare(tmp_path, monkeypatch, other):
+    monkeypatch.setattr(plots, "render", lambda draw: (draw(LIGHT), {"svg": b"", "pdf": b"", "png": b""}))
+    runs = [learner(tmp_path / "a", provenance={"hardware": {"cpu": "x"}})]
+    runs += [joint(tmp_path / "j", provenance={"hardware": {"cpu": "y" if other else "x"}})]
+    (cost,) = [p for p in figures.setting_figures(score(*runs), tmp_path, "x") if p.kind == "cost"]
+    assert ("different machines: times are not comparable" in cost.caption) == other
+
+
 def test_bands_and_bars_of_several_seeds(tmp_path):
     found = entries(score(learner(tmp_path / "s0"), other_seed(tmp_path / "s1"), forgetful(tmp_path / "b")))
     _, base = plots.miou_figure(found, LIGHT).axes

@@ -185,6 +185,21 @@ def test_classes_after_each_step(tmp_path):
     assert np.isnan(row(background, name="background")["forgetting"])  # another thing after every step
 
 
+def test_forgetting_of_a_class_is_from_its_best(tmp_path):
+    def step(*hits_and_misses: tuple[int, int, int]) -> list[list[int]]:
+        rows = np.zeros((5, 5), int)
+        for c, (hits, misses, to) in enumerate(hits_and_misses, 1):
+            rows[c, c], rows[c, to] = hits, rows[c, to] + misses
+        return rows.tolist()
+
+    steps = [step((5, 5, 2), (10, 0, 1), (0, 6, 1), (0, 6, 1)), step((9, 1, 2), (10, 0, 1), (6, 0, 1), (0, 6, 1))]
+    steps += [step((6, 4, 4), (10, 0, 1), (6, 0, 1), (6, 0, 1))]
+    run = make(tmp_path / "a", [{"": rows} for rows in steps], groups=((1, 2), (3,), (4,)), classes=list("abcd"))
+    (one,) = score(run)
+    # Class a: 0.5, 0.9, 0.6; class b: 10/15, 10/11, 1; class c: 1, 1.
+    assert one.class_forgetting == pytest.approx({1: 0.3, 2: 10 / 11 - 1, 3: 0})
+
+
 # Thesis Table 4.11 ------------------------------------------------------------------------------------------------
 
 
@@ -290,6 +305,8 @@ def test_published_first_and_last(tmp_path, published):
     assert table.kinds == ("", "", "", "published start", "published", "published")
     assert [cell.text for cell in table.rows[3][1]] == ["MiB, R101", "first time", "–", "30.0", "–"]
     assert table.rows[3][1][0].under == "Somebody 2020, protocol not stated"
+    other = forms.first_last_table(score(learner(tmp_path / "b", scenario="ade20k-100-50", mode="disjoint")))
+    assert "published" not in " ".join(other.kinds)
 
 
 @pytest.mark.usefixtures("_drawn_only")
@@ -297,6 +314,7 @@ def test_published_rows_in_colour(tmp_path, published):
     runs = [learner(tmp_path / "a", scenario="ade20k-100-50"), joint(tmp_path / "j")]
     text = page.write(runs, tmp_path / "out", ["mmseg150@1"])[0].read_text(encoding="utf-8")
     assert '<tr class="published start"><th scope="row">MiB<small>R101</small></th>' in text
+    assert '<th scope="col" rowspan="2" class="low">method</th>' in text  # the first column is never put aside
     assert "tr.published > * { color: var(--link); }" in text
     latex = (tmp_path / "out" / "overview.mmseg150@1.tex").read_text(encoding="utf-8")
     assert r"\textcolor[HTML]{0B5CAD}{40.00 {\scriptsize ($\blacktriangledown$ 10.00, 20.0 \%)}}" in latex
