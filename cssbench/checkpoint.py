@@ -43,7 +43,12 @@ def load_weights(path: Path, model: nn.Module) -> None:
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """A method's state: tensors, numbers, strings, and lists and dicts of them.
+    """A method's state. Raises RunError as `encode_state`, or when the file cannot be written."""
+    write_bytes(path, encode_state(state))
+
+
+def encode_state(state: dict[str, Any]) -> bytes:
+    """A method's state as a file: tensors, numbers, strings, and lists and dicts of them.
 
     Raises RunError when it holds anything else (it could not be read back safely).
     """
@@ -53,7 +58,7 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
             f"The state of the method may hold tensors, numbers, strings, lists and dicts, but {_culprit(state)}. "
             f"Return only those from state_dict()."
         )
-    write_bytes(path, content)
+    return content
 
 
 def _as_data(value: Any) -> bytes | None:

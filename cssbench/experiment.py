@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -98,13 +99,18 @@ class Experiment:
         }
 
 
-def build_experiment(config: RunConfig, out: Path, command: list[str] | None = None) -> Experiment:
-    """Build everything and check it together, before anything is written. `command` None: to resume `out`."""
+def build_experiment(
+    config: RunConfig, out: Path, command: list[str] | None = None, method: Method | None = None
+) -> Experiment:
+    """Build everything and check it together, before anything is written. `command` None: to resume `out`.
+
+    method: instead of the one that the configuration names.
+    """
     chosen = config.scenario
     scene = scenario.load(
         chosen.name, mode=chosen.mode, order=chosen.order, void=chosen.void, partition_seed=chosen.partition_seed
     )
-    method = make_method(config)
+    method = make_method(config) if method is None else method
     fabric = make_fabric(config.train)
     micro_batch(config.train, fabric.world_size)
     data = make_dataset(scene.dataset, config.data.root, config.data.options)
@@ -145,9 +151,18 @@ def run_facts(made: Experiment) -> dict[str, Any]:
         "precision": config.train.precision,
         "iterations": [config.train.length(t, len(s)) for t, s in enumerate(made.train_stems)],
         "note": config.note,
+        "parts": {kind: part_origin(kind, getattr(config, kind).name) for kind in ("method", "model")},
+        "memory": made.method.memory,
         "debug_limited": config.evaluate.limit is not None,
         "data": made.describe_data(),
     }
+
+
+def part_origin(kind: str, name: str) -> dict[str, str | None]:
+    """{"distribution", "version"} of an installed method or model; None where it has no entry point."""
+    part = registry.parts(f"{kind}s").get(name)
+    origin = part.distribution if part else None
+    return {"distribution": origin, "version": provenance.package_version(origin) if origin else None}
 
 
 def _holdout_steps(scene: Scenario, held: PresenceIndex) -> list[list[str]]:
@@ -192,10 +207,10 @@ def check_sizes(config: RunConfig, model: Segmenter) -> None:
             )
 
 
-def resolve(config: RunConfig) -> RunConfig:
-    """`config` with the options of method and model written out in full, defaults included."""
+def resolve(config: RunConfig, parts: Sequence[str] = ("method", "model")) -> RunConfig:
+    """`config` with the options of method and model (of `parts` only) written out in full, defaults included."""
     changes = {}
-    for kind in ("method", "model"):
+    for kind in parts:
         choice = getattr(config, kind)
         cls = registry.load(f"{kind}s", choice.name)
         options = plain(part_config(kind, choice, cls.Config))

@@ -57,12 +57,15 @@ class Method:
 
     `Config` holds the hyper-parameters, the paper's values as defaults; unknown keys are refused.
     `uses_previous = False` spares the forward pass through the previous model.
+    `memory`: the most images (with or without labels) of finished steps that the method keeps, in its state; tables
+    must say so. 0: it has only the step's own images, the benchmark's rule.
     """
 
     class Config(Section):
         """No hyper-parameters."""
 
     uses_previous: bool = True
+    memory: int = 0
 
     def __init__(self, config: Any = None):
         self.config = self.Config() if config is None else config

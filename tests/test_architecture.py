@@ -24,7 +24,7 @@ FIRST_PARTY = {
 PLUGINS = {"cssbench.scenarios", "cssbench.baselines"}
 TORCH_ROOMS = {f"cssbench.{name}" for name in (
     "models", "losses", "baselines", "trainer", "task_loop", "evaluate", "checkpoint", "experiment", "method", "api",
-    "data", "logs",
+    "data", "logs", "testing",
 )}  # fmt: skip
 CHECKOUT_NAMES = {"scenarios", "baselines", "reports", "tests"}
 
