@@ -20,7 +20,7 @@ from cssbench import registry
 from cssbench.errors import ConfigError, UnknownNameError
 
 NONE = "none"
-PARTS = ("method", "model")
+PARTS = ("method", "model")  # sections whose options belong to the part they name
 Epochs = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -234,7 +234,8 @@ def read_recipe(name: str) -> dict[str, Any]:
     """The content of a recipe: an installed one by name, or a path to a TOML file.
 
     `extends`, a recipe's name or a path relative to the file that says it, is resolved: see `extend`. Raises
-    ConfigError (UnknownNameError for `name` itself), also when recipes extend each other in a circle.
+    ConfigError (UnknownNameError for `name` itself), also when recipes extend each other in a circle; PluginError when
+    an installed recipe is not valid TOML.
     """
     path, content = _read_file(name, Path())
     chain = {path: name}
@@ -252,7 +253,7 @@ def read_recipe(name: str) -> dict[str, Any]:
             raise ConfigError(f"Recipe {name!r} extends {base!r}. {error}") from error
         name = base
         if path in chain:
-            circle = " -> ".join(map(repr, [*list(chain.values())[list(chain).index(path) :], name]))
+            circle = " -> ".join(map(repr, [*chain.values(), name]))
             raise ConfigError(f"Recipes extend each other in a circle: {circle}. Remove one `extends` of these.")
         chain[path] = name
         layers.append(content)
