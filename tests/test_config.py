@@ -13,7 +13,7 @@ import pytest
 from pydantic import Field
 
 from cssbench import config, registry
-from cssbench.config import PartChoice, RunConfig, Section, override, part_config, plain, read_recipe, validate
+from cssbench.config import PartChoice, RunConfig, Section, override, part_config, plain, validate
 from cssbench.errors import ConfigError, PluginError, UnknownNameError
 from cssbench.experiment import make_method, make_model, resolve
 
@@ -276,31 +276,6 @@ def test_unknown_names_in_a_recipe():
         make_method(made("method.name=fintune"))
     with pytest.raises(UnknownNameError, match="no model named 'segvti'"):
         make_model(made("model.name=segvti"))
-
-
-def test_reading_recipes(tmp_path: Path):
-    path = tmp_path / "mine.toml"
-    path.write_text('note = "x"\n')
-    assert read_recipe(str(path)) == {"note": "x"}
-    path.write_text("note = ")
-    with pytest.raises(ConfigError, match=r"mine\.toml' is not valid TOML"):
-        read_recipe(str(path))
-    path.write_bytes(b'note = "\xff"')
-    with pytest.raises(ConfigError, match="is not valid TOML"):
-        read_recipe(str(path))
-    for missing in (str(tmp_path / "other.toml"), str(tmp_path)):
-        with pytest.raises(UnknownNameError):
-            read_recipe(missing)
-    name = next(iter(registry.toml_files("recipes")))
-    with pytest.raises(UnknownNameError, match=f"no recipe named '{name}x'. Did you mean '{name}'"):
-        read_recipe(f"{name}x")
-
-
-@pytest.mark.parametrize("name", sorted(registry.toml_files("recipes")))
-def test_installed_recipes_are_valid(name: str):
-    found = resolve(validate(read_recipe(name), name))
-    assert found.note
-    assert validate(tomllib.loads(found.to_toml()), name) == found
 
 
 class Distribution:
