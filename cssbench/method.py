@@ -57,12 +57,17 @@ class Method:
 
     `Config` holds the hyper-parameters, the paper's values as defaults; unknown keys are refused.
     `uses_previous = False` spares the forward pass through the previous model.
+    `plain_base = True` promises that step 0 is plain training: there `loss` is the model's own loss, `param_groups` the
+    default, nothing is kept from batch to batch, and `start_step` draws no random number and changes nothing. Then runs
+    of such methods may share the trained base step (`cssbench run --shared`). `end_step` may do anything: each run
+    calls it itself. A subclass does not inherit the promise.
     """
 
     class Config(Section):
         """No hyper-parameters."""
 
     uses_previous: bool = True
+    plain_base: bool = False
 
     def __init__(self, config: Any = None):
         self.config = self.Config() if config is None else config
