@@ -15,11 +15,11 @@ from __future__ import annotations
 import io
 import os
 import shutil
-import time
 import zipfile
 import zlib
 from contextlib import suppress
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import numpy as np
@@ -42,8 +42,8 @@ Evaluated = tuple[Arrays, Arrays, float]  # matrices, samples, seconds
 class BaseStep:
     """The base step of one run in the store `root`; without a `root` every method does nothing and returns None.
 
-    `load`, then `keep` where that found nothing; `evaluation`, then `keep_evaluation` likewise. All processes of a
-    distributed run call them; only the first touches the store. Leaving the context lets go of the lock.
+    `load`, or else `keep`; then `evaluation`, or else `keep_evaluation`. All processes of a distributed run call them;
+    only the first touches the store. Leaving the context lets go of the lock.
     """
 
     def __init__(self, made: Experiment, root: Path | None):
@@ -62,8 +62,8 @@ class BaseStep:
     @property
     def record(self) -> dict[str, Any]:
         """What the step's record says of it: nothing, or where it comes from."""
-        found = self.reused
-        return {"shared": {name: found[name] for name in ("key", "commit", "run", "when")}} if found else {}
+        names = ("key", "commit", "run", "when")
+        return {"shared": {name: self.reused[name] for name in names}} if self.reused else {}
 
     @property
     def origin(self) -> str:
@@ -86,12 +86,12 @@ class BaseStep:
             self.key = content_digest(self.facts)
             self.path = self.root / self.key[:2] / self.key
             self.lock = FileLock(self.path.with_name(f"{self.key}.lock"))
-        waited = 0
+        told = not first
         while not self.fabric.broadcast(self.lock is not None and self.lock.acquire()):  # short: collectives time out
-            if first and not waited:
+            if not told:
                 say(f"step 0: another process trains this base step for {self.root}; waiting for it")
-            waited += 1
-            time.sleep(POLL)
+            told = True
+            sleep(POLL)
         self.reused = self.fabric.broadcast(self._read() if first else {})
         if self.reused:
             self._restore(ctx.model)
@@ -152,8 +152,7 @@ class BaseStep:
         write_json(folder / "numbers.json", content | {"digest": content_digest(content)})
 
     def evaluation(self) -> Evaluated | None:
-        """An evaluation of these very weights by these settings; None: evaluate, then `keep_evaluation`. Other
-        processes than the first get empty ones."""
+        """What `evaluate` gave for these weights and settings (empty on other processes), or None."""
         if self.root is None:
             return None
         found = None

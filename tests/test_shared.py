@@ -280,7 +280,7 @@ SEVERAL = {
     "data.holdout=0.5": {"images.trained", "images.held_out"},
     "scenario.order=[3, 2, 1, 4, 5, 6]": {"labels.classes", "labels.table"},
     "scenario.void=ignore": {"labels.void", "labels.table"},
-    "scenario.mode=disjoint": {"images.trained"},
+    "scenario.mode=partitioned": {"images.trained"},
 }
 
 
@@ -387,7 +387,8 @@ def cut(path: Path) -> None:
 
 def flip(path: Path) -> None:
     content = path.read_bytes()
-    path.write_bytes(content[:-40] + bytes([content[-40] ^ 1]) + content[-39:])
+    middle = len(content) // 2
+    path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
 
 
 def edit(path: Path) -> None:
@@ -453,7 +454,7 @@ def test_who_comes_while_another_trains_waits_and_takes_the_result(brief, tmp_pa
             shutil.move(tmp_path / "kept", entry)
             lock.release()
 
-    monkeypatch.setattr(shared.time, "sleep", sleep)
+    monkeypatch.setattr(shared, "sleep", sleep)
     same_runs(first, start(brief, tmp_path / "second", tmp_path / "store"))
     assert len(waits) == 2
     assert calls["fit"] == [0]
@@ -482,6 +483,37 @@ def test_two_processes_at_once_train_once(brief, tmp_path):
     assert ["shared" in run.records()[0].content for run in runs].count(True) == 1
     same_runs(*runs)
     assert len(entries(tmp_path / "store")) == 1
+
+
+@pytest.mark.slow
+def test_the_processes_of_one_run_agree(brief, tmp_path):
+    """Two processes train and store; two others take it up, with the samples that each of the first has made."""
+    (tmp_path / "recipe.toml").write_text(tomli_w.dumps(brief | {"train": brief["train"] | {"devices": 2}}))
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "cssbench",
+    ]
+    words = [*launcher, "run", str(tmp_path / "recipe.toml"), "--shared", str(tmp_path / "store"), "--out"]
+    for name, changes in (("first", []), ("second", ["--set", "method.name=mib"])):
+        run = subprocess.run(
+            [*words, str(tmp_path / name), *changes],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=240,
+        )
+        assert run.returncode == 0, run.stderr[-3000:]
+    first, second = (RunFolder.read(tmp_path / name) for name in ("first", "second"))
+    same_runs(first, second)
+    assert second.records()[0].content["shared"]["run"] == "first"
+    assert len(second.records()[0].samples()) == 2
 
 
 def test_who_finds_the_entry_there_throws_the_own_copy_away(tmp_path):
