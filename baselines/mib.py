@@ -52,6 +52,8 @@ class MiB(Method):
         query_weight: float = Field(200.0, ge=0)
         mask_weight: float = Field(20.0, ge=0)
 
+    plain_base = True
+
     def start_step(self, ctx: StepContext) -> None:
         require_pixel_output(ctx.model, "mib")
         if self.config.form == "query" and not isinstance(ctx.model, SegViT):

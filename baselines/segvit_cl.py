@@ -40,6 +40,7 @@ class SegViTCL(Method):
         )
 
     uses_previous = False
+    plain_base = True
 
     def start_step(self, ctx: StepContext) -> None:
         if not hasattr(ctx.model.heads[-1], "class_shift"):

@@ -59,6 +59,10 @@ class Method:
     `uses_previous = False` spares the forward pass through the previous model.
     `memory`: the most images (with or without labels) of finished steps that the method keeps, in its state; tables
     must say so. 0: it has only the step's own images, the benchmark's rule.
+    `plain_base = True` promises that step 0 is plain training: there `loss` is the model's own loss, `param_groups` the
+    default, nothing is kept from batch to batch, and `start_step` draws no random number and changes nothing. Then runs
+    of such methods may share the trained base step (`cssbench run --shared`). `end_step` may do anything: each run
+    calls it itself. A subclass does not inherit the promise.
     """
 
     class Config(Section):
@@ -66,6 +70,7 @@ class Method:
 
     uses_previous: bool = True
     memory: int = 0
+    plain_base: bool = False
 
     def __init__(self, config: Any = None):
         self.config = self.Config() if config is None else config

@@ -22,6 +22,7 @@ from cssbench.progress import say, track
 from cssbench.protocol import DEFAULTS, get
 from cssbench.results import atomic_path, image_name
 from cssbench.scenario import Step
+from cssbench.shared import BaseStep
 from cssbench.trainer import fit, micro_batch
 
 
@@ -32,13 +33,22 @@ class Clock:
     seconds: dict[str, float] = field(default_factory=dict)
     last: float = field(default_factory=time.perf_counter)
 
-    def lap(self, name: str) -> None:
+    def lap(self, name: str | None = None) -> None:
+        """Add the time since the last lap to a part, or to none."""
         now = time.perf_counter()
-        self.seconds[name], self.last = now - self.last, now
+        if name:
+            self.add(name, now - self.last)
+        self.last = now
+
+    def add(self, name: str, seconds: float) -> None:
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
 
-def run(made: Experiment) -> None:
-    """Run every step that is not finished yet. A finished one is replayed: growth, then its weights and state."""
+def run(made: Experiment, shared: Path | None = None) -> None:
+    """Run every step that is not finished yet. A finished one is replayed: growth, then its weights and state.
+
+    shared: a folder of base steps, from which this run's is taken, or in which it is put (`cssbench.shared`).
+    """
     previous: Segmenter | None = None
     finished = len(made.folder.records())
     for step in made.scenario.steps:
@@ -49,7 +59,8 @@ def run(made: Experiment) -> None:
         if step.index == finished - 1:
             _restore(made, step)
         else:
-            _run_step(made, step, previous)
+            with BaseStep(made, None if step.index else shared) as base:
+                _run_step(made, step, previous, base)
         previous = freeze_copy(made.model)
 
 
@@ -62,28 +73,27 @@ def _restore(made: Experiment, step: Step) -> None:
     say(f"step {step.index}: finished before, weights and state restored")
 
 
-def _run_step(made: Experiment, step: Step, previous: Segmenter | None) -> None:
+def _run_step(made: Experiment, step: Step, previous: Segmenter | None, base: BaseStep) -> None:
     """Train, save, evaluate, and write the record that makes the step finished."""
     clock, fabric = Clock(), made.fabric
-    numbers = _train(made, step, previous)
-    clock.lap("train")
+    numbers = _train(made, step, previous, base, clock)
     if fabric.is_global_zero:
         folder = made.folder.step_folder(step.index)
         checkpoint.save_weights(folder / "model.safetensors", made.model)
         checkpoint.save_state(folder / "method.pt", made.method.state_dict())
     clock.lap("save")
-    matrices = _evaluate(made, step)
-    clock.lap("evaluate")
+    matrices = _evaluate(made, step, base, clock)
     fabric.barrier()
     if fabric.is_global_zero:
         numbers["seconds"] = {name: round(value, 3) for name, value in clock.seconds.items()}
         made.folder.finish_step(step.index, matrices, numbers)
-        say(f"step {step.index}: {summary_line(made, step, matrices)}, {sum(clock.seconds.values()):.0f} s")
+        seconds = f"{sum(clock.seconds.values()):.0f} s{' when trained' if base.reused else ''}"
+        say(f"step {step.index}: {base.origin}{summary_line(made, step, matrices)}, {seconds}")
     fabric.barrier()
 
 
-def _train(made: Experiment, step: Step, previous: Segmenter | None) -> dict[str, Any]:
-    """The method's hooks around `fit`; returns the numbers of the step's record."""
+def _train(made: Experiment, step: Step, previous: Segmenter | None, base: BaseStep, clock: Clock) -> dict[str, Any]:
+    """The method's hooks around training; returns the numbers of the step's record."""
     fabric, method, config = made.fabric, made.method, made.config
     model = made.model.to(fabric.device)
     torch.manual_seed(derive_seed(config.seed, "train", step.index, fabric.global_rank))
@@ -93,26 +103,70 @@ def _train(made: Experiment, step: Step, previous: Segmenter | None) -> dict[str
         ctx, batches = _context(made, step, previous, iterations, log)
         method.start_step(ctx)
         trainable = count_parameters(model, trainable=True)
-        with track(f"step {step.index}/{len(made.scenario.steps) - 1}  train", iterations) as advance:
-            loss = fit(fabric, ctx, method, batches, config.optim, config.train, iterations, advance)
-        method.end_step(ctx)
+        loss = _learn(made, ctx, batches, iterations, base, clock)
     return {
         "images": images,
         "iterations": iterations,
         "evaluated_images": len(made.evaluation_stems(step)),
         "parameters": {"total": count_parameters(model), "trainable": trainable},
         "loss": loss,
+        **base.record,
     }
 
 
-def _evaluate(made: Experiment, step: Step) -> dict[str, np.ndarray]:
+def _learn(
+    made: Experiment, ctx: StepContext, batches: Any, iterations: int, base: BaseStep, clock: Clock
+) -> dict[str, float]:
+    """`fit` and `end_step`, or what they left behind when another run trained this base step; the loss of the end."""
+    fabric, method, config, step = made.fabric, made.method, made.config, ctx.step
+    clock.lap("train")
+    before = clock.seconds["train"]
+    found = base.load(ctx, iterations)
+    clock.lap()
+    if found:
+        loss = found["loss"]
+        clock.add("train", found["seconds"])
+    else:
+        with track(f"step {step.index}/{len(made.scenario.steps) - 1}  train", iterations) as advance:
+            loss = fit(fabric, ctx, method, batches, config.optim, config.train, iterations, advance)
+        clock.lap("train")
+        if base.plain:
+            base.keep(loss, iterations, clock.seconds["train"] - before)
+            clock.lap()
+    if not found or base.plain:
+        torch.manual_seed(derive_seed(config.seed, "end", step.index, fabric.global_rank))  # as if trained here
+        method.end_step(ctx)
+        clock.lap("train")
+    if not found and not base.plain:
+        base.keep(loss, iterations, clock.seconds["train"] - before)
+        clock.lap()
+    return loss
+
+
+def _evaluate(made: Experiment, step: Step, base: BaseStep, clock: Clock) -> dict[str, np.ndarray]:
     """Matrices over the images that show a class seen so far; writes the sample predictions."""
+    found = base.evaluation()
+    clock.lap()
+    if found:
+        matrices, samples, seconds = found
+        clock.add("evaluate", seconds)
+    else:
+        matrices, samples = _predict(made, step)
+        clock.lap("evaluate")
+        base.keep_evaluation(matrices, samples, clock.seconds["evaluate"])
+    _save_samples(made, step, samples)
+    clock.lap("evaluate")
+    return matrices
+
+
+def _predict(made: Experiment, step: Step) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """(matrices, samples) of `evaluate` for this run's settings."""
     config, steps = made.config, made.scenario.steps
     stems = made.evaluation_stems(step)
     view = EvaluationDataset(made.data, config.evaluate.split, stems, config.evaluate, made.model)
     alone = [frozenset(made.evaluation_stems(s)) for s in steps[:-1]] if step is steps[-1] else []
     with track(f"step {step.index}/{len(steps) - 1}  evaluate", len(stems)) as advance:
-        matrices, samples = evaluate(
+        return evaluate(
             made.fabric,
             made.model,
             view,
@@ -123,8 +177,6 @@ def _evaluate(made: Experiment, step: Step) -> dict[str, np.ndarray]:
             keep=frozenset(made.sample_stems),
             alone=alone,
         )
-    _save_samples(made, step, samples)
-    return matrices
 
 
 def _context(made: Experiment, step: Step, previous: Segmenter | None, iterations: int, log: StepLog):

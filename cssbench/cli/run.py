@@ -12,6 +12,12 @@ from cssbench.errors import ConfigError, DataError, ModelError, PluginError, Run
 
 Out = Annotated[Path, typer.Option("--out", help="Run folder to make.")]
 Data = Annotated[Path | None, typer.Option("--data", help="Data root; replaces the recipe's.")]
+Shared = Annotated[
+    Path | None,
+    typer.Option(
+        "--shared", envvar="CSSBENCH_SHARED", help="Folder of base steps: take this run's from it, or train it for it."
+    ),
+]
 DEMO_RECIPES = ("demo-segvit-cl", "demo-finetune", "demo-joint")
 
 
@@ -24,13 +30,16 @@ def run(
     recipe: Annotated[str, typer.Argument(help="Recipe: a path to a TOML, or a name of `cssbench list recipes`.")],
     out: Out,
     data: Data = None,
+    name: Annotated[str | None, typer.Option("--scenario", help="Short for --set scenario.name=NAME.")] = None,
     changes: Annotated[list[str] | None, typer.Option("--set", help="Override: section.key=value. May repeat.")] = None,
+    shared: Shared = None,
 ) -> None:
     """Run a recipe: every step of its scenario, into a new run folder."""
-    start_run(recipe, out, data, changes or [])
+    chosen = [] if name is None else [f"scenario.name={name!r}"]
+    start_run(recipe, out, data, [*chosen, *(changes or [])], shared)
 
 
-def start_run(recipe: str, out: Path, data: Path | None, changes: list[str]) -> None:
+def start_run(recipe: str, out: Path, data: Path | None, changes: list[str], shared: Path | None = None) -> None:
     """Check everything, then write the run folder and train."""
     from cssbench import config, provenance
 
@@ -48,7 +57,7 @@ def start_run(recipe: str, out: Path, data: Path | None, changes: list[str]) -> 
         made.folder.create()
     made.fabric.barrier()
     try:
-        run_steps(made)
+        run_steps(made, shared)
     except (ConfigError, DataError, ModelError, PluginError):
         if made.fabric.is_global_zero and not made.folder.records():
             shutil.rmtree(out)  # a mistake seen late: leave nothing, so that the same --out can be used again
@@ -75,12 +84,14 @@ def _differences(a: Any, b: Any, path: str = "") -> list[str]:
     return [] if a == b else [path.lstrip(".")]
 
 
-def resume(folder: Annotated[Path, typer.Argument(help="Run folder.")], data: Data = None) -> None:
+def resume(
+    folder: Annotated[Path, typer.Argument(help="Run folder.")], data: Data = None, shared: Shared = None
+) -> None:
     """Go on with a run after its last finished step. A finished run is left as it is."""
-    resume_run(folder, data)
+    resume_run(folder, data, shared)
 
 
-def resume_run(folder: Path, data: Path | None) -> None:
+def resume_run(folder: Path, data: Path | None, shared: Path | None = None) -> None:
     from cssbench.results import RunFolder
 
     there = RunFolder.read(folder)
@@ -93,7 +104,7 @@ def resume_run(folder: Path, data: Path | None) -> None:
     config = there.config
     if data is not None:
         config = config.model_copy(update={"data": config.data.model_copy(update={"root": str(data.resolve())})})
-    run_steps(build_experiment(config, folder))
+    run_steps(build_experiment(config, folder), shared)
 
 
 def status(folder: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from cssbench import checkpoint
+from cssbench.base_facts import is_plain
 from cssbench.config import Section, plain
 from cssbench.errors import ConfigError
 from cssbench.method import Method
@@ -222,7 +223,7 @@ _watched("half precision", "finite losses and gradients under bfloat16 autocast"
 
 @invariant("plain base", "a method that declares `plain_base` trains step 0 exactly as fine-tuning does")
 def _plain_base(subject: Subject) -> None:
-    if not getattr(subject.cls, "plain_base", False):
+    if not is_plain(subject.make()):
         return
     reference = subject.rig.run(Plain())
     mine = subject.plain_run.trained[0]

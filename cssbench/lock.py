@@ -1,0 +1,39 @@
+"""A lock between processes that share a folder. The kernel lets go of it when its holder ends, however it ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import IO
+
+from cssbench.errors import ConfigError
+
+
+class FileLock:
+    """An exclusive lock on `path`, an empty file that is made when it is missing and left where it is."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.file: IO[str] | None = None
+
+    def acquire(self) -> bool:
+        """Take the lock if nobody holds it; whether it is held now. Raises ConfigError where no file can be locked."""
+        import fcntl  # here, because not every system has it
+
+        try:
+            if self.file is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self.file = self.path.open("a", encoding="utf-8")
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise ConfigError(
+                f"{self.path} cannot be locked: {error.strerror or error}. Choose a folder that can be written, on a "
+                f"file system that knows locks."
+            ) from error
+        return True
+
+    def release(self) -> None:
+        if self.file is not None:
+            self.file.close()
+            self.file = None

@@ -1,0 +1,200 @@
+"""Finished base steps by what determines them: runs with the same base step train it once (`--shared`, docs/shared.md).
+
+DIR/<key[:2]>/<key>/       an entry; the key is the SHA-256 of `base_facts` as canonical JSON
+  key.json                 the facts
+  model.safetensors        weights right after training, before `Method.end_step`, which every run does itself
+  method.pt                only of a method that is not `plain_base`: its state; the weights are then of after
+                           `end_step`, and both come back as `cssbench resume` would bring them
+  numbers.json             loss, seconds, who trained it; the SHA-256 of the files above
+  evaluated-<digest>.npz   matrices and sample predictions, by the weights and settings that gave them
+DIR/<key[:2]>/<key>.lock   held while a process trains the entry; the kernel lets go of it when that process dies
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import zipfile
+import zlib
+from contextlib import suppress
+from pathlib import Path
+from time import sleep
+from typing import Any
+
+import numpy as np
+
+from cssbench import checkpoint, provenance
+from cssbench.base_facts import base_facts, evaluation_facts, is_plain
+from cssbench.errors import RunError
+from cssbench.experiment import Experiment
+from cssbench.lock import FileLock
+from cssbench.method import StepContext
+from cssbench.models.segmenter import Segmenter
+from cssbench.progress import say
+from cssbench.results import content_digest, read_json, sha256, write_bytes, write_json
+
+POLL = 0.5  # seconds between two looks at a lock that another process holds
+Arrays = dict[str, np.ndarray]
+Evaluated = tuple[Arrays, Arrays, float]  # matrices, samples, seconds
+
+
+class BaseStep:
+    """The base step of one run in the store `root`; without a `root` every method does nothing and returns None.
+
+    `load`, or else `keep`; then `evaluation`, or else `keep_evaluation`. All processes of a distributed run call them;
+    only the first touches the store. Leaving the context lets go of the lock.
+    """
+
+    def __init__(self, made: Experiment, root: Path | None):
+        self.made, self.root, self.fabric = made, root, made.fabric
+        self.plain = is_plain(made.method)
+        self.reused: dict[str, Any] = {}  # numbers of the entry that was taken up
+        self.lock: FileLock | None = None
+
+    def __enter__(self) -> BaseStep:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.lock:
+            self.lock.release()
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What the step's record says of it: nothing, or where it comes from."""
+        names = ("key", "commit", "run", "when")
+        return {"shared": {name: self.reused[name] for name in names}} if self.reused else {}
+
+    @property
+    def origin(self) -> str:
+        """Words for the line of news: nothing, or "shared (trained by RUN at COMMIT), "."""
+        if not self.reused:
+            return ""
+        commit, version = self.reused["commit"], self.reused["version"]
+        return f"shared (trained by {self.reused['run']} at {commit[:12] if commit else f'cssbench {version}'}), "
+
+    def load(self, ctx: StepContext, iterations: int) -> dict[str, Any]:
+        """Numbers of the entry, its weights loaded as if just trained. Empty: there is none; train, then `keep`.
+
+        Waits while another process trains the entry. Raises ConfigError when the store cannot be written.
+        """
+        if self.root is None:
+            return {}
+        first = self.fabric.is_global_zero
+        if first:
+            self.facts = base_facts(self.made)
+            self.key = content_digest(self.facts)
+            self.path = self.root / self.key[:2] / self.key
+            self.lock = FileLock(self.path.with_name(f"{self.key}.lock"))
+        told = not first
+        while not self.fabric.broadcast(self.lock is not None and self.lock.acquire()):  # short: collectives time out
+            if not told:
+                say(f"step 0: another process trains this base step for {self.root}; waiting for it")
+            told = True
+            sleep(POLL)
+        self.reused = self.fabric.broadcast(self._read() if first else {})
+        if self.reused:
+            self._restore(ctx.model)
+            ctx.model.train()
+            ctx.iteration = iterations
+            self.__exit__()
+        return self.reused
+
+    def _read(self) -> dict[str, Any]:
+        """Numbers of a whole entry, else {}; a damaged one is removed."""
+        if not self.path.exists():
+            return {}
+        try:
+            numbers = read_json(self.path / "numbers.json")
+            sums = all(sha256(self.path / name) == recorded for name, recorded in numbers["sha256"].items())
+            if sums and numbers["digest"] == content_digest(numbers) and numbers["key"] == self.key:
+                return numbers
+        except (RunError, OSError, KeyError, TypeError, AttributeError):
+            pass
+        say(f"step 0: the shared base step {self.path} is damaged; it is trained again and replaced")
+        shutil.rmtree(self.path, ignore_errors=True)
+        return {}
+
+    def _restore(self, model: Segmenter) -> None:
+        state: dict[str, Any] = {}
+        if self.fabric.is_global_zero:
+            checkpoint.load_weights(self.path / "model.safetensors", model)
+            state = {} if self.plain else checkpoint.load_state(self.path / "method.pt")
+        if self.fabric.world_size > 1:
+            for tensor in model.state_dict().values():
+                tensor.copy_(self.fabric.broadcast(tensor.cpu()))
+        if not self.plain:
+            self.made.method.load_state_dict(self.fabric.broadcast(state))
+
+    def keep(self, loss: dict[str, float], iterations: int, seconds: float) -> None:
+        """Store what was just trained, in `seconds`. A store that cannot be written costs the run nothing."""
+        if self.root is None or not self.fabric.is_global_zero:
+            return
+        temporary = self.path.with_name(f".{self.key}.{os.getpid()}.tmp")
+        try:
+            for rest in self.path.parent.glob(f".{self.key}.*.tmp"):  # of a process that was killed while it wrote
+                shutil.rmtree(rest)
+            self._write(temporary, {"loss": loss, "iterations": iterations, "seconds": round(seconds, 3)})
+            publish(temporary, self.path)
+        except (OSError, RunError) as error:
+            say(f"step 0: not stored in {self.root}: {error}")
+        self.__exit__()
+
+    def _write(self, folder: Path, numbers: dict[str, Any]) -> None:
+        checkpoint.save_weights(folder / "model.safetensors", self.made.model)
+        write_json(folder / "key.json", self.facts)
+        if not self.plain:
+            checkpoint.save_state(folder / "method.pt", self.made.method.state_dict())
+        found = provenance.collect(provenance.this_command())
+        who = {name: found[name] for name in ("command", "version", "commit", "dirty", "hardware")}
+        content = numbers | who | {"key": self.key, "run": self.made.folder.name, "when": found["started"]}
+        content |= {"sha256": {path.name: sha256(path) for path in sorted(folder.iterdir())}}
+        write_json(folder / "numbers.json", content | {"digest": content_digest(content)})
+
+    def evaluation(self) -> Evaluated | None:
+        """What `evaluate` gave for these weights and settings (empty on other processes), or None."""
+        if self.root is None:
+            return None
+        found = None
+        if self.fabric.is_global_zero:
+            self.evaluated = self.path / f"evaluated-{content_digest(evaluation_facts(self.made))}.npz"
+            found = self._read_evaluation()
+        return (found or ({}, {}, 0.0)) if self.fabric.broadcast(found is not None) else None
+
+    def _read_evaluation(self) -> Evaluated | None:
+        try:
+            with self.evaluated.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+            matrices = {name[2:]: array for name, array in arrays.items() if name.startswith("m.")}
+            stems = self.made.sample_stems
+            samples = {stems[int(name[2:])]: array for name, array in arrays.items() if name.startswith("s.")}
+            return matrices, samples, float(arrays["seconds"])
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error):
+            say(f"step 0: {self.evaluated} is damaged; the images are evaluated again and it is replaced")
+            return None
+
+    def keep_evaluation(self, matrices: Arrays, samples: Arrays, seconds: float) -> None:
+        """Store what `evaluate` returned after `seconds`; each process brings the samples of its own images."""
+        if self.root is None:
+            return
+        shares = [self.fabric.broadcast(samples, rank) for rank in range(self.fabric.world_size)]
+        if self.fabric.is_global_zero and self.path.is_dir():
+            arrays = {f"m.{key}": matrix for key, matrix in matrices.items()}
+            number = self.made.sample_stems.index
+            arrays |= {f"s.{number(stem)}": ids for share in shares for stem, ids in share.items()}
+            buffer = io.BytesIO()
+            np.savez_compressed(buffer, seconds=np.array(seconds), **arrays)  # type: ignore[arg-type]
+            with suppress(RunError):  # as in `keep`
+                write_bytes(self.evaluated, buffer.getvalue())
+
+
+def publish(temporary: Path, target: Path) -> None:
+    """Rename one folder onto the other; where another process was first, its copy stays."""
+    try:
+        os.rename(temporary, target)
+    except OSError:
+        shutil.rmtree(temporary)
+        if not target.is_dir():
+            raise
