@@ -92,7 +92,7 @@ class Checked(Method):
     def state_dict(self) -> dict[str, Any]:
         with self._watch("state_dict"):
             state = super().state_dict()
-        wrong = f"it is {describe(state)}" if not isinstance(state, dict) else no_data(state)
+        wrong = f"it is {_describe(state)}" if not isinstance(state, dict) else no_data(state)
         if wrong:
             raise PluginError(
                 f"{whose(self, 'state_dict')} must return a dict of tensors, numbers, strings, and lists and dicts of "
@@ -131,7 +131,7 @@ def check_terms(method: Method, terms: Any) -> dict[str, Tensor]:
         or not all(isinstance(k, str) and isinstance(v, Tensor) and v.ndim == 0 for k, v in terms.items())
     ):
         raise PluginError(
-            f"{whose(method, 'loss')} must return a dict of named scalar tensors, not {describe(terms)}. "
+            f"{whose(method, 'loss')} must return a dict of named scalar tensors, not {_describe(terms)}. "
             f'Return for instance {{"ce": loss.mean()}}.'
         )
     if torch.is_grad_enabled() and not any(term.requires_grad for term in terms.values()):
@@ -157,17 +157,17 @@ def check_groups(method: Method, groups: Any) -> list[dict[str, Any]]:
 def _wrong_groups(groups: Any) -> str | None:
     """What is wrong, in words; None: nothing."""
     if not isinstance(groups, list | tuple):
-        return f"it is {describe(groups)}"
+        return f"it is {_describe(groups)}"
     for index, group in enumerate(groups):
         if not isinstance(group, dict) or "params" not in group:
-            return f"entry {index} is {describe(group)}"
+            return f"entry {index} is {_describe(group)}"
         if unknown := sorted(map(str, group.keys() - GROUP_KEYS)):
             return f"entry {index} has the unknown key {unknown[0]!r}"
         params = group["params"]
         if not isinstance(params, Sequence) or not all(isinstance(p, nn.Parameter) for p in params):
-            return f"params of entry {index} is {describe(params)}"
+            return f"params of entry {index} is {_describe(params)}"
         if wrong := [k for k in ("lr_scale", "weight_decay") if not isinstance(group.get(k, 0.0), int | float)]:
-            return f"{wrong[0]} of entry {index} is {describe(group[wrong[0]])}"
+            return f"{wrong[0]} of entry {index} is {_describe(group[wrong[0]])}"
     listed = [id(p) for group in groups for p in group["params"]]
     if not listed:
         return "it holds no parameter: everything is frozen"
@@ -178,13 +178,13 @@ def check_output(model: nn.Module, output: Any) -> SegOutput:
     """What the model returned. Raises PluginError unless it is a SegOutput."""
     if not isinstance(output, SegOutput):
         raise PluginError(
-            f"{type(model).__name__}.forward must return a cssbench.api.SegOutput, not {describe(output)}. "
+            f"{type(model).__name__}.forward must return a cssbench.api.SegOutput, not {_describe(output)}. "
             f"Derive a dataclass from SegOutput that defines `scores`, and return one."
         )
     return output
 
 
-def describe(value: Any) -> str:
+def _describe(value: Any) -> str:
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{k}: {describe(v)}" for k, v in value.items()) + "}"
+        return "{" + ", ".join(f"{k}: {_describe(v)}" for k, v in value.items()) + "}"
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

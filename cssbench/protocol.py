@@ -283,10 +283,10 @@ DEFAULTS = ("mmseg150@1", "plop@1")
 
 def catalogue() -> registry.Catalogue[Protocol]:
     """The installed protocols by id (`name@version`), and what is wrong with those that cannot be used."""
-    declared = registry.catalogue("protocols")
-    made: registry.Catalogue[Protocol] = registry.Catalogue("protocol", faults=declared.complaints)
+    parts, faults = registry.declared("protocols")
+    made: registry.Catalogue[Protocol] = registry.Catalogue("protocol", faults=list(faults))
     claims: list[registry.Claim[Protocol]] = []
-    for part in declared.found.values():
+    for part in parts:
         try:
             claims += _claims(part)
         except PluginError as error:

@@ -173,18 +173,24 @@ def installed() -> tuple[list[EntryPoint], list[str]]:
     return entries, faults
 
 
-@cache
-def catalogue(group: str) -> Catalogue[Part]:
-    """The parts of an entry-point group. Nothing is imported."""
+def declared(group: str) -> tuple[list[Part], list[str]]:
+    """Every part that a distribution declares in `group`, by name, and what is wrong with metadata. Imports nothing."""
     assert group in GROUPS, group
-    kind = group.removesuffix("s")
     entries, faults = installed()
-    made: Catalogue[Part] = Catalogue(kind, faults=list(faults))
-    made.settle(
-        Claim(entry.name, entry.dist.name, entry.value, Part(kind, entry.name, entry.dist.name, entry))
+    found = [
+        Part(group.removesuffix("s"), entry.name, entry.dist.name, entry)
         for entry in sorted(entries, key=lambda entry: entry.name)
         if entry.group == f"{OWN}.{group}" and entry.dist
-    )
+    ]
+    return found, faults
+
+
+@cache
+def catalogue(group: str) -> Catalogue[Part]:
+    """The parts of an entry-point group that are called by the name of their entry point. Imports nothing."""
+    found, faults = declared(group)
+    made: Catalogue[Part] = Catalogue(group.removesuffix("s"), faults=list(faults))
+    made.settle(Claim(part.name, part.distribution, part.entry_point.value, part) for part in found)
     return made
 
 
@@ -240,12 +246,12 @@ def load_class(group: str, name: str, base: type[T], hooks: Sequence[str]) -> ty
 def toml_catalogue(group: str) -> Catalogue[tuple[str, Any]]:
     """TOML files shipped by the packages of `group` (scenarios, recipes): file stem -> (distribution, file).
 
-    The packages that hold them are imported, the files are not read.
+    The packages that hold them are imported, the files are not read. The names of their entry points do not matter.
     """
-    declared = catalogue(group)
-    made: Catalogue[tuple[str, Any]] = Catalogue(declared.kind, faults=declared.complaints)
+    found, faults = declared(group)
+    made: Catalogue[tuple[str, Any]] = Catalogue(group.removesuffix("s"), faults=list(faults))
     claims = []
-    for part in declared.found.values():
+    for part in found:
         try:
             claims += [
                 Claim(

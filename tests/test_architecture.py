@@ -20,6 +20,7 @@ FIRST_PARTY = {
     "reports": {
         "cssbench",
     },  # minus TORCH_ROOMS
+    "examples": {"cssbench.api", "cssbench.losses"},
 }
 PLUGINS = {"cssbench.scenarios", "cssbench.baselines"}
 TORCH_ROOMS = {f"cssbench.{name}" for name in (

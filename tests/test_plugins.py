@@ -261,8 +261,8 @@ def test_a_name_that_is_a_path_is_refused_and_writes_nothing(install: Install, c
 
 
 def test_files_of_strangers_stand_beside_ours(install: Install, command: Command):
-    install("pack-a", {"scenarios": {"a": "toml_a"}}, package("toml_a", one="description = '[/b] \\u001b[2J one'"))
-    install("pack-b", {"scenarios": {"b": "toml_b"}}, package("toml_b", two="classes = 2", broken="classes = "))
+    install("pack-a", {"scenarios": {"all": "toml_a"}}, package("toml_a", one='description = "[/b] \\u001b[2J one"'))
+    install("pack-b", {"scenarios": {"all": "toml_b"}}, package("toml_b", two="classes = 2", broken="classes = "))
     assert registry.read_toml("scenarios", "two") == {"classes": 2}
     code, out, err = command("list", "scenarios")
     assert code == 0
