@@ -46,7 +46,7 @@ class Part:
         """Import the part. Raises PluginError, naming the distribution, when that fails in any way."""
         try:
             return self.entry_point.load()
-        except Exception as error:  # a stranger's import may raise anything
+        except (Exception, SystemExit) as error:  # a stranger's import may raise anything
             raise PluginError(
                 f"The {self} cannot be imported from {self.entry_point.value!r}: {describe(error)}. "
                 f"{remedy(self.distribution, 'Mend that module')}"
@@ -295,9 +295,3 @@ def read_toml(group: str, name: str) -> dict[str, Any]:
             f"The {group.removesuffix('s')} {name!r} of the distribution {distribution!r} is not valid TOML: {error}. "
             f"{remedy(distribution, 'Mend that file')}"
         ) from None
-
-
-def forget() -> None:
-    """Look again at what is installed, at the next call."""
-    for cached in (installed, catalogue, toml_catalogue):
-        cached.cache_clear()
