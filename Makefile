@@ -20,6 +20,7 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy examples/cssbench-example-method/cssbench_example_method
 
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "cssbench needs Python 3.11, 3.12 or 3.13 on the PATH."; exit 1; }

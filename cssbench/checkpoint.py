@@ -61,6 +61,11 @@ def encode_state(state: dict[str, Any]) -> bytes:
     return content
 
 
+def no_data(state: Any) -> str | None:
+    """Which part of a method's state cannot be saved as data, in words; None where all of it can."""
+    return None if _as_data(state) else _culprit(state)
+
+
 def _as_data(value: Any) -> bytes | None:
     """`value` as torch saves it; None where that could not be read back as data."""
     buffer = io.BytesIO()

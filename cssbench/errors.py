@@ -52,11 +52,13 @@ class RunError(CssbenchError):
 
 
 class UnknownNameError(CssbenchError):
-    """No part of that kind has that name."""
+    """No part of that kind has that name. `remark` is added to the message."""
 
-    def __init__(self, kind: str, name: str, known: Iterable[str]):
+    def __init__(self, kind: str, name: str, known: Iterable[str], remark: str = ""):
         known = sorted(known)
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
-        super().__init__(f"There is no {kind} named {name!r}. {hint}Known: {', '.join(known) or 'none'}.")
+        super().__init__(
+            f"There is no {kind} named {name!r}. {hint}Known: {', '.join(known) or 'none'}. {remark}".rstrip()
+        )
         self.kind, self.name, self.near = kind, name, near

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,12 +15,13 @@ from lightning.fabric import Fabric
 
 from cssbench import provenance, registry, scenario
 from cssbench.config import RunConfig, part_config, plain
+from cssbench.contract import build_method, build_model, method_class, model_class
 from cssbench.data.base import SegDataset
 from cssbench.data.presence import PresenceIndex, build
 from cssbench.data.registry import make_dataset
 from cssbench.data.step_dataset import split_holdout
 from cssbench.data.transforms import TrainTransform
-from cssbench.errors import ConfigError, PluginError, RunError
+from cssbench.errors import ConfigError, RunError
 from cssbench.method import Method
 from cssbench.models.segmenter import Segmenter
 from cssbench.results import RunFolder
@@ -180,17 +181,11 @@ def check_classes(scene: Scenario, data: SegDataset) -> None:
 
 
 def make_method(config: RunConfig) -> Method:
-    cls = registry.load("methods", config.method.name)
-    if not (isinstance(cls, type) and issubclass(cls, Method)):
-        raise PluginError(f"The method {config.method.name!r} is {cls!r}, not a subclass of cssbench.api.Method.")
-    return cls(part_config("method", config.method, cls.Config))
+    return build_method(config.method)
 
 
 def make_model(config: RunConfig) -> Segmenter:
-    cls = registry.load("models", config.model.name)
-    if not (isinstance(cls, type) and issubclass(cls, Segmenter)):
-        raise PluginError(f"The model {config.model.name!r} is {cls!r}, not a subclass of cssbench.api.Segmenter.")
-    return cls(part_config("model", config.model, cls.Config))
+    return build_model(config.model)
 
 
 def check_sizes(config: RunConfig, model: Segmenter) -> None:
@@ -210,10 +205,10 @@ def check_sizes(config: RunConfig, model: Segmenter) -> None:
 def resolve(config: RunConfig, parts: Sequence[str] = ("method", "model")) -> RunConfig:
     """`config` with the options of method and model (of `parts` only) written out in full, defaults included."""
     changes = {}
+    classes: dict[str, Callable[[str], Any]] = {"method": method_class, "model": model_class}
     for kind in parts:
         choice = getattr(config, kind)
-        cls = registry.load(f"{kind}s", choice.name)
-        options = plain(part_config(kind, choice, cls.Config))
+        options = plain(part_config(kind, choice, classes[kind](choice.name).Config))
         changes[kind] = type(choice)(name=choice.name, **options)
     return config.model_copy(update=changes)
 

@@ -73,7 +73,7 @@ class Method:
     plain_base: bool = False
 
     def __init__(self, config: Any = None):
-        self.config = self.Config() if config is None else config
+        self.config: Any = self.Config() if config is None else config
 
     def start_step(self, ctx: StepContext) -> None:
         """Before training: initialise the new head, freeze, pass over `ctx.train_loader`."""

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from cssbench import registry
-from cssbench.errors import RunError, UnknownNameError
+from cssbench.errors import PluginError, RunError
 
 
 @dataclass(frozen=True)
@@ -281,22 +281,47 @@ BUILT_IN = (
 DEFAULTS = ("mmseg150@1", "plop@1")
 
 
+def catalogue() -> registry.Catalogue[Protocol]:
+    """The installed protocols by id (`name@version`), and what is wrong with those that cannot be used."""
+    parts, faults = registry.declared("protocols")
+    made: registry.Catalogue[Protocol] = registry.Catalogue("protocol", faults=list(faults))
+    claims: list[registry.Claim[Protocol]] = []
+    for part in parts:
+        try:
+            claims += _claims(part)
+        except PluginError as error:
+            made.faults.append(str(error))
+    # No new version of a protocol of ours either: `--protocol NAME` means the newest one.
+    own = {claim.value.name for claim in claims if claim.distribution == registry.OWN}
+    for claim in [c for c in claims if c.distribution != registry.OWN and c.value.name in own]:
+        claims.remove(claim)
+        made.faults.append(
+            f"The protocol {claim.name!r} of the distribution {claim.distribution!r} is not used: {claim.value.name!r} "
+            f"is a protocol of cssbench itself. {registry.remedy(claim.distribution, 'Rename it there')}"
+        )
+    made.settle(sorted(claims, key=lambda claim: claim.distribution != registry.OWN))
+    return made
+
+
+def _claims(part: registry.Part) -> list[registry.Claim[Protocol]]:
+    """What one entry point brings. Raises PluginError when it is neither a Protocol nor a tuple of them."""
+    loaded = part.load()
+    brought = loaded if isinstance(loaded, tuple) else (loaded,)
+    if not all(isinstance(protocol, Protocol) for protocol in brought):
+        raise PluginError(
+            f"The {part} is {loaded!r}, not a cssbench.api.Protocol or a tuple of them. "
+            f"{registry.remedy(part.distribution, f'Let {part.entry_point.value!r} name one')}"
+        )
+    return [registry.Claim(p.id, part.distribution, part.entry_point.value, p) for p in brought]
+
+
 def protocols() -> dict[str, Protocol]:
-    """Every installed protocol by id (`name@version`)."""
-    found: dict[str, Protocol] = {}
-    for part in registry.parts("protocols").values():
-        loaded = part.load()
-        for protocol in loaded if isinstance(loaded, tuple) else (loaded,):
-            found[protocol.id] = protocol
-    return found
+    """Every usable protocol by id (`name@version`), ours first."""
+    return catalogue().found
 
 
 def get(name: str) -> Protocol:
-    """The protocol `name@version`, or the newest version of `name`. Raises UnknownNameError."""
-    found = protocols()
-    if name in found:
-        return found[name]
-    versions = [p for p in found.values() if p.name == name]
-    if not versions:
-        raise UnknownNameError("protocol", name, found)
-    return max(versions, key=lambda p: p.version)
+    """The protocol `name@version`, or the newest version of `name`. Raises UnknownNameError or PluginError."""
+    found = catalogue()
+    versions = [p for p in found.found.values() if p.name == name]
+    return max(versions, key=lambda p: p.version) if versions else found.get(name)

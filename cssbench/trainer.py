@@ -13,7 +13,8 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from cssbench.config import OptimConfig, TrainConfig
-from cssbench.errors import ConfigError, NonFiniteLossError, PluginError
+from cssbench.contract import check_groups, check_output, check_terms
+from cssbench.errors import ConfigError, NonFiniteLossError
 from cssbench.method import Batch, Method, StepContext
 
 
@@ -74,7 +75,7 @@ def fit(
     batches: an endless or long enough stream of micro-batches, `train.accumulate` of them per optimiser step.
     Raises NonFiniteLossError, naming the images of the batch.
     """
-    optimizer = make_optimizer(optim, method.param_groups(ctx), ctx.step.index)
+    optimizer = make_optimizer(optim, check_groups(method, method.param_groups(ctx)), ctx.step.index)
     module, optimizer = fabric.setup(ctx.model, optimizer)
     ctx.model.train()
     stream = iter(batches)
@@ -117,24 +118,12 @@ def forward(fabric: Fabric, ctx: StepContext, module: Any, method: Method, loade
     if ctx.previous is not None and method.uses_previous:
         with torch.no_grad(), fabric.autocast():
             previous = ctx.previous(images)
-    terms = method.loss(ctx, Batch(images, labels, module(images), previous, list(loaded["names"])))
-    name = type(method).__name__
-    if (
-        not isinstance(terms, dict)
-        or not terms
-        or not all(isinstance(v, Tensor) and v.ndim == 0 for v in terms.values())
-    ):
-        raise PluginError(f"{name}.loss must return a dict of named scalar tensors, not {_describe(terms)}.")
+    output = check_output(ctx.model, module(images))
+    terms = check_terms(method, method.loss(ctx, Batch(images, labels, output, previous, list(loaded["names"]))))
     if not torch.isfinite(sum(terms.values())):  # type: ignore[arg-type]
         values = ", ".join(f"{key} = {float(value.detach()):g}" for key, value in terms.items())
         raise NonFiniteLossError(
-            f"The loss of {name} is not finite at step {ctx.step.index} ({values}). The batch held the images "
-            f"{', '.join(loaded['names'])}. Lower optim.lr, set optim.clip, or look at these images."
+            f"The loss of {type(method).__name__} is not finite at step {ctx.step.index} ({values}). The batch held "
+            f"the images {', '.join(loaded['names'])}. Lower optim.lr, set optim.clip, or look at these images."
         )
     return terms
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{k}: {_describe(v)}" for k, v in value.items()) + "}"
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

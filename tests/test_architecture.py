@@ -20,11 +20,12 @@ FIRST_PARTY = {
     "reports": {
         "cssbench",
     },  # minus TORCH_ROOMS
+    "examples": {"cssbench.api", "cssbench.losses"},
 }
 PLUGINS = {"cssbench.scenarios", "cssbench.baselines"}
 TORCH_ROOMS = {f"cssbench.{name}" for name in (
-    "models", "losses", "baselines", "trainer", "task_loop", "evaluate", "checkpoint", "experiment", "method", "api",
-    "data", "logs", "testing",
+    "models", "losses", "baselines", "trainer", "task_loop", "evaluate", "checkpoint", "experiment", "contract",
+    "method", "api", "data", "logs", "testing",
 )}  # fmt: skip
 CHECKOUT_NAMES = {"scenarios", "baselines", "reports", "tests"}
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import tomllib
-from importlib.metadata import EntryPoint
-from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -14,7 +12,7 @@ from pydantic import Field
 
 from cssbench import config, registry
 from cssbench.config import PartChoice, RunConfig, Section, override, part_config, plain, validate
-from cssbench.errors import ConfigError, PluginError, UnknownNameError
+from cssbench.errors import ConfigError, UnknownNameError
 from cssbench.experiment import make_method, make_model, resolve
 
 RECIPE: dict[str, Any] = {
@@ -276,116 +274,6 @@ def test_unknown_names_in_a_recipe():
         make_method(made("method.name=fintune"))
     with pytest.raises(UnknownNameError, match="no model named 'segvti'"):
         make_model(made("model.name=segvti"))
-
-
-class Distribution:
-    """What an entry point knows of the distribution it is from."""
-
-    def __init__(self, name: str):
-        self.name = name
-
-
-def entry(name: str, value: str, group: str, distribution: str) -> EntryPoint:
-    made = EntryPoint(name, value, group)
-    vars(made)["dist"] = Distribution(distribution)
-    return made
-
-
-@pytest.fixture
-def installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """A function that stands for the installed distributions: (name, value, distribution) for one group."""
-
-    def install(group: str, *parts: tuple[str, str, str]) -> None:
-        entries = [entry(name, value, f"cssbench.{group}", dist) for name, value, dist in parts]
-        monkeypatch.setattr(registry, "entry_points", lambda group: [e for e in entries if e.group == group])
-        registry.parts.cache_clear()
-
-    monkeypatch.syspath_prepend(str(tmp_path))
-    yield install
-    monkeypatch.undo()
-    registry.parts.cache_clear()
-
-
-def test_two_distributions_may_not_claim_one_name(installed):
-    installed("methods", ("mine", "a.b:C", "first-pack"), ("mine", "x.y:Z", "second-pack"))
-    with pytest.raises(PluginError) as caught:
-        registry.load("methods", "mine")
-    message = str(caught.value)
-    assert "claim the method name 'mine': 'first-pack' (a.b:C) and 'second-pack' (x.y:Z)" in message
-    assert "Rename one" in message
-
-
-def test_one_distribution_found_twice_is_no_clash(installed):
-    """An editable install leaves metadata in the checkout and in site-packages."""
-    installed("methods", ("mine", "json:dumps", "pack"), ("mine", "json:dumps", "pack"))
-    assert registry.load("methods", "mine").__name__ == "dumps"
-
-
-@pytest.mark.parametrize(
-    ("source", "value", "said"),
-    [
-        ("raise RuntimeError('out of order')", "broken_plugin:Thing", "RuntimeError: out of order"),
-        ("import not_there_at_all", "broken_plugin:Thing", "ModuleNotFoundError: No module named 'not_there_at_all'"),
-        ("def f(:", "broken_plugin:Thing", "SyntaxError"),
-        ("", "broken_plugin:Thing", "AttributeError"),
-        ("", "no_such_plugin:Thing", "ModuleNotFoundError"),
-    ],
-)
-def test_a_part_that_cannot_be_imported_names_its_distribution(installed, tmp_path, source, value, said):
-    (tmp_path / "broken_plugin.py").write_text(source)
-    sys.modules.pop("broken_plugin", None)
-    installed("methods", ("bad", value, "bad-pack"), ("good", "json:dumps", "good-pack"))
-    with pytest.raises(PluginError) as caught:
-        registry.load("methods", "bad")
-    message = str(caught.value)
-    assert f"The method 'bad' of the distribution 'bad-pack' cannot be imported from '{value}': {said}" in message
-    assert "pip uninstall bad-pack" in message
-    assert registry.load("methods", "good")  # a broken part fails alone
-    assert set(registry.parts("methods")) == {"bad", "good"}
-
-
-def test_a_part_of_the_wrong_kind_is_refused(installed):
-    for group, make in (("methods", make_method), ("models", make_model)):
-        installed(group, ("odd", "json:dumps", "pack"))
-        with pytest.raises(PluginError, match=rf"The {group[:-1]} 'odd' is .*, not a subclass of cssbench\.api\."):
-            make(made(f"{group[:-1]}.name=odd"))
-
-
-def package(folder: Path, name: str, **files: str) -> None:
-    (folder / name).mkdir()
-    (folder / name / "__init__.py").write_text("")
-    for stem, text in files.items():
-        (folder / name / f"{stem}.toml").write_text(text)
-
-
-def test_files_of_strangers_stand_beside_ours(installed, tmp_path: Path):
-    package(tmp_path, "toml_pack_a", one="a = 1")
-    package(tmp_path, "toml_pack_b", two="a = 2", broken="a = ")
-    installed("scenarios", ("pa", "toml_pack_a", "pack-a"), ("pb", "toml_pack_b", "pack-b"))
-    assert {stem: dist for stem, (dist, _) in registry.toml_files("scenarios").items()} == {
-        "broken": "pack-b",
-        "one": "pack-a",
-        "two": "pack-b",
-    }
-    assert registry.read_toml("scenarios", "two") == {"a": 2}
-    with pytest.raises(UnknownNameError, match="no scenario named 'tow'"):
-        registry.read_toml("scenarios", "tow")
-    with pytest.raises(PluginError, match=r"The scenario 'broken' of the distribution 'pack-b' is not valid TOML"):
-        registry.read_toml("scenarios", "broken")
-
-
-def test_two_packages_may_not_ship_one_file_name(installed, tmp_path: Path):
-    package(tmp_path, "toml_pack_c", same="a = 1")
-    package(tmp_path, "toml_pack_d", same="a = 2")
-    installed("recipes", ("pc", "toml_pack_c", "pack-c"), ("pd", "toml_pack_d", "pack-d"))
-    with pytest.raises(PluginError, match="Two distributions ship the recipe 'same': 'pack-c' and 'pack-d'"):
-        registry.toml_files("recipes")
-
-
-def test_a_recipe_entry_point_must_name_a_package(installed):
-    installed("recipes", ("odd", "json:dumps", "odd-pack"))
-    with pytest.raises(PluginError, match=r"'odd' of the distribution 'odd-pack' must name a package.*'json:dumps'"):
-        registry.toml_files("recipes")
 
 
 @pytest.mark.parametrize("group", ["methods", "models", "datasets", "reports"])

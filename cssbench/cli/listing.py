@@ -1,4 +1,7 @@
-"""`cssbench list ...`: what is installed, and from which distribution. Imports none of it."""
+"""`cssbench list ...`: what is installed, and from which distribution. Imports no method, model, dataset or report.
+
+What is wrong with installed packages stands below the table, on stderr; it stops nothing.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cssbench import registry
+from cssbench.errors import PluginError
 
 
 class Kind(StrEnum):
@@ -24,30 +28,55 @@ class Kind(StrEnum):
     reports = "reports"
 
 
+Rows = list[tuple[str, str, str]]
+
+
 def register(app: typer.Typer) -> None:
     app.command("list")(list_parts)
 
 
 def list_parts(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> None:
     """List installed methods, models, datasets, scenarios, recipes, protocols or reports."""
-    table = Table(box=None, header_style="bold")
+    one = kind.value.removesuffix("s")
     if kind in (Kind.scenarios, Kind.recipes):
-        table.add_column(kind.value.removesuffix("s"))
-        table.add_column("from")
-        table.add_column("description")
-        for name, (distribution, _) in registry.toml_files(kind.value).items():
-            content = registry.read_toml(kind.value, name)
-            table.add_row(name, distribution, str(content.get("description") or content.get("note") or ""))
+        headings, (rows, complaints) = (one, "from", "description"), _files(kind.value)
     elif kind == Kind.protocols:
-        from cssbench.protocol import protocols
-
-        for heading in ("protocol", "used by", "what it does"):
-            table.add_column(heading)
-        for protocol in protocols().values():
-            table.add_row(protocol.id, protocol.used_by, protocol.summary)
+        headings, (rows, complaints) = (one, "used by", "what it does"), _protocols()
     else:
-        for heading in (kind.value.removesuffix("s"), "from", "where"):
-            table.add_column(heading)
-        for part in registry.parts(kind.value).values():
-            table.add_row(part.name, part.distribution, part.entry_point.value)
-    Console().print(table)
+        headings, (rows, complaints) = (one, "from", "where"), _parts(kind.value)
+    table = Table(*headings, box=None, header_style="bold")
+    for row in rows:
+        table.add_row(*map(_plain, row))
+    Console(markup=False).print(table)
+    warnings = Console(stderr=True, markup=False, highlight=False)
+    for complaint in complaints:
+        warnings.print("Warning:", style="bold yellow", end=" ")
+        warnings.print(_plain(complaint), soft_wrap=True)
+
+
+def _parts(group: str) -> tuple[Rows, list[str]]:
+    rows = [(part.name, part.distribution, part.entry_point.value) for part in registry.parts(group).values()]
+    return rows, registry.catalogue(group).complaints + registry.missing_modules(group)
+
+
+def _files(group: str) -> tuple[Rows, list[str]]:
+    rows, unreadable = [], []
+    for name, (distribution, _) in registry.toml_files(group).items():
+        try:
+            content = registry.read_toml(group, name)
+            rows.append((name, distribution, str(content.get("description") or content.get("note") or "")))
+        except PluginError as error:
+            unreadable.append(str(error))
+    return rows, registry.toml_catalogue(group).complaints + unreadable
+
+
+def _protocols() -> tuple[Rows, list[str]]:
+    from cssbench.protocol import catalogue
+
+    found = catalogue()
+    return [(p.id, p.used_by, p.summary) for p in found.found.values()], found.complaints
+
+
+def _plain(text: str) -> str:
+    """In one line, without control characters: what strangers wrote is no command to the terminal."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())

@@ -8,14 +8,13 @@ from pydantic import ValidationError
 
 from cssbench import registry
 from cssbench.data.base import SegDataset
-from cssbench.errors import ConfigError, PluginError
+from cssbench.errors import ConfigError
 
 
 def make_dataset(name: str, root: str | None, options: dict[str, Any] | None = None) -> SegDataset:
-    """The dataset `name` at `root`. Raises UnknownNameError, ConfigError (no root, unknown option), DataError."""
-    cls = registry.load("datasets", name)
-    if not (isinstance(cls, type) and issubclass(cls, SegDataset)):
-        raise PluginError(f"The dataset {name!r} is {cls!r}, not a subclass of cssbench.api.SegDataset.")
+    """The dataset `name` at `root`. Raises UnknownNameError, PluginError, ConfigError (no root, unknown option),
+    DataError."""
+    cls = registry.load_class("datasets", name, SegDataset, ["layout", "folders"])  # type: ignore[type-abstract]
     if not root:
         raise ConfigError(f"The dataset {name!r} needs a data root: give --data ROOT.")
     try:

@@ -1,0 +1,1 @@
+"""A method for cssbench, in a package of its own."""
