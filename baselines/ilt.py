@@ -26,6 +26,8 @@ class ILT(Method):
         alpha: float = Field(1.0, gt=0)
         class_reduction: ClassReduction = "mean"
 
+    config: Config
+
     def start_step(self, ctx: StepContext) -> None:
         require_pixel_output(ctx.model, "ilt")
 

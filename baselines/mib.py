@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -26,7 +27,7 @@ from cssbench.losses.distill import ClassReduction, unbiased_distillation
 from cssbench.losses.mask import mask_distillation, query_distillation
 from cssbench.losses.pixel import Reduction, unbiased_cross_entropy
 from cssbench.models.pixel import PixelSegmenter, require_pixel_output
-from cssbench.models.segvit import SegViT
+from cssbench.models.segvit import MaskOutput, SegViT
 
 
 class MiB(Method):
@@ -52,6 +53,8 @@ class MiB(Method):
         query_weight: float = Field(200.0, ge=0)
         mask_weight: float = Field(20.0, ge=0)
 
+    config: Config
+
     def start_step(self, ctx: StepContext) -> None:
         require_pixel_output(ctx.model, "mib")
         if self.config.form == "query" and not isinstance(ctx.model, SegViT):
@@ -67,6 +70,7 @@ class MiB(Method):
             return ctx.model.loss(batch.output, batch.labels)
         if not isinstance(ctx.model, SegViT):
             return self.pixel_terms(batch.output, batch.previous, batch.labels)
+        assert isinstance(batch.output, MaskOutput)
         terms = ctx.model.loss(batch.output, batch.labels, newest_only=True)
         if self.config.form == "query":
             return terms | self.query_terms(batch.output, batch.previous)
@@ -82,13 +86,13 @@ class MiB(Method):
 
     def query_terms(self, output: Any, previous: Any) -> dict[str, Tensor]:
         """Mean over all queries of old heads, last stage, of their distillation."""
-        classes = masks = count = 0
+        total = sum(old.masks.shape[1] for _, old in previous.final)
+        classes, masks = [], []
         for (_, new), (_, old) in zip(output.final, previous.final, strict=False):  # old heads come first
-            number = old.masks.shape[1]
-            classes = classes + number * query_distillation(new.classes, old.classes)
-            masks = masks + number * mask_distillation(new.masks, old.masks)
-            count += number
+            share = old.masks.shape[1] / total
+            classes.append(share * query_distillation(new.classes, old.classes))
+            masks.append(share * mask_distillation(new.masks, old.masks))
         return {
-            "query_distillation": self.config.query_weight * classes / count,
-            "mask_distillation": self.config.mask_weight * masks / count,
+            "query_distillation": self.config.query_weight * torch.stack(classes).sum(),
+            "mask_distillation": self.config.mask_weight * torch.stack(masks).sum(),
         }

@@ -42,6 +42,7 @@ class PLOP(Method):
         without_background: float = Field(0.0, ge=0, le=1)
         balanced_init: bool = True
 
+    config: Config
     thresholds: Tensor | None = None  # (K,) of this step
 
     def start_step(self, ctx: StepContext) -> None:

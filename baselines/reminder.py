@@ -49,6 +49,7 @@ class Reminder(Method):
         without_background: float = Field(0.0, ge=0, le=1)
         balanced_init: bool = True
 
+    config: Config
     thresholds: Tensor | None = None  # (K,) of this step
     prototypes: Tensor | None = None  # (classes of finished steps with background, D)
 
