@@ -123,7 +123,7 @@ def _evaluate(made: Experiment, step: Step) -> dict[str, np.ndarray]:
             keep=frozenset(made.sample_stems),
             alone=alone,
         )
-    _save_samples(made, step, samples)
+    _save_samples(made, step, view, samples)
     return matrices
 
 
@@ -173,17 +173,16 @@ def summary_line(made: Experiment, step: Step, matrices: dict[str, np.ndarray]) 
     return "; ".join(parts)
 
 
-def _save_samples(made: Experiment, step: Step, samples: dict[str, np.ndarray]) -> None:
-    """Predictions of this step, and once the images and their truth, as PNG."""
+def _save_samples(made: Experiment, step: Step, view: EvaluationDataset, samples: dict[str, np.ndarray]) -> None:
+    """Predictions of this step, and once the images and their truth, as PNG, all of one geometry."""
     for stem, predicted in samples.items():
         _save_palette(made.folder.step_folder(step.index) / "samples" / f"{image_name(stem)}.png", predicted, made)
         truth = made.folder.path / "samples" / f"{image_name(stem)}.truth.png"
         if not truth.exists():
-            split = "train" if made.config.evaluate.split == "holdout" else made.config.evaluate.split
-            image = Image.fromarray(made.data.image(split, stem))
+            image, ids = view.picture(stem)
             with atomic_path(truth.with_name(f"{image_name(stem)}.image.png")) as path:
-                image.save(path, format="PNG")
-            _save_palette(truth, made.data.label(split, stem), made)
+                Image.fromarray(image).save(path, format="PNG")
+            _save_palette(truth, ids, made)
 
 
 def _save_palette(path: Path, ids: np.ndarray, made: Experiment) -> None:
