@@ -28,6 +28,8 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip uv
 	UV_COMPILE_BYTECODE=1 $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e ".[all]" \
 		|| $(BIN)/python -m pip install --quiet -c constraints.txt -e ".[all]"
+	mkdir -p $(VENV)/mapped/cssbench
+	ln -sfn "$(CURDIR)"/scenarios "$(CURDIR)"/baselines "$(CURDIR)"/reports $(VENV)/mapped/cssbench/
 	touch $(READY)
 
 clean:

@@ -27,6 +27,7 @@ class ILT(Method):
         class_reduction: ClassReduction = "mean"
 
     plain_base = True
+    config: Config
 
     def start_step(self, ctx: StepContext) -> None:
         require_pixel_output(ctx.model, "ilt")

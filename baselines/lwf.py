@@ -26,6 +26,7 @@ class LwF(Method):
         class_reduction: ClassReduction = "mean"
 
     plain_base = True
+    config: Config
 
     def start_step(self, ctx: StepContext) -> None:
         require_pixel_output(ctx.model, "lwf")

@@ -10,7 +10,9 @@ without: that their classes are not labelled is not absence. Beside it
   pixel  both unbiased terms on `MaskOutput.pixel_logits`;
   query  distillation of the old heads' queries. The unbiased forms reduce to this: a query of an old head chooses among
          old classes and "none" only, so P(none) + sum of P(old) is 1 and costs nothing, and there is no new class for
-         the previous model's "none" to hide.
+         the previous model's "none" to hide. A background query does hide the new classes, but "background or any new
+         class" has no exact probability here: queries of separate heads decide independently, each by itself, with no
+         softmax over them. So it is left out, unless `distil_background` says otherwise.
 There is no balanced start there: no row of a head stands for background.
 """
 
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -26,7 +29,7 @@ from cssbench.losses.distill import ClassReduction, unbiased_distillation
 from cssbench.losses.mask import mask_distillation, query_distillation
 from cssbench.losses.pixel import Reduction, unbiased_cross_entropy
 from cssbench.models.pixel import PixelSegmenter, require_pixel_output
-from cssbench.models.segvit import SegViT
+from cssbench.models.segvit import MaskOutput, SegViT
 
 
 class MiB(Method):
@@ -35,12 +38,14 @@ class MiB(Method):
     class Config(Section):
         """weight is 10 in the public ADE20K recipe; 100 is known from scenarios with many steps (EWF, VOC 15-1).
 
-        alpha            sharpens the previous model's outputs.
-        class_reduction  "mean" over the K old outputs as the public code; "sum" as CoMFormer's port, weight then ~1/K.
-        reduction        of the cross-entropy: "all" pixels in the denominator (public code), or "valid" ones only.
-        balanced_init    new classifiers share background's probability evenly with it.
-        form             on ATM heads, see above; query_weight, mask_weight: of class outputs and masks in "query". 200
-                         is CoMFormer's for a mean over queries, 20 the weight of SegViT's focal loss: guesses.
+        alpha              sharpens the previous model's outputs.
+        class_reduction    "mean" over the K old outputs (public code); "sum" as CoMFormer's port, weight then ~1/K.
+        reduction          of the cross-entropy: "all" pixels in the denominator (public code), or "valid" ones only.
+        balanced_init      new classifiers share background's probability evenly with it.
+        form               on ATM heads, see above; query_weight, mask_weight: of class outputs and masks in "query".
+                           200 is CoMFormer's for a mean over queries, 20 the weight of SegViT's focal loss: guesses.
+        distil_background  in "query": distil a background query too, which keeps it on what are new classes now. False:
+                           nothing holds that query but what it shares with those of old classes.
         """
 
         weight: float = Field(10.0, ge=0, description="of the distillation")
@@ -51,6 +56,9 @@ class MiB(Method):
         form: Literal["pixel", "query"] = "pixel"
         query_weight: float = Field(200.0, ge=0)
         mask_weight: float = Field(20.0, ge=0)
+        distil_background: bool = False
+
+    config: Config
 
     plain_base = True
 
@@ -69,6 +77,7 @@ class MiB(Method):
             return ctx.model.loss(batch.output, batch.labels)
         if not isinstance(ctx.model, SegViT):
             return self.pixel_terms(batch.output, batch.previous, batch.labels)
+        assert isinstance(batch.output, MaskOutput)
         terms = ctx.model.loss(batch.output, batch.labels, newest_only=True)
         if self.config.form == "query":
             return terms | self.query_terms(batch.output, batch.previous)
@@ -83,14 +92,18 @@ class MiB(Method):
         }
 
     def query_terms(self, output: Any, previous: Any) -> dict[str, Tensor]:
-        """Mean over all queries of old heads, last stage, of their distillation."""
-        classes = masks = count = 0
-        for (_, new), (_, old) in zip(output.final, previous.final, strict=False):  # old heads come first
-            number = old.masks.shape[1]
-            classes = classes + number * query_distillation(new.classes, old.classes)
-            masks = masks + number * mask_distillation(new.masks, old.masks)
-            count += number
+        """Mean over the distilled queries of old heads, last stage."""
+        left_out = int(output.has_background and not self.config.distil_background)
+        total = sum(old.masks.shape[1] for _, old in previous.final) - left_out
+        classes, masks = [], []
+        for t, ((_, new), (_, old)) in enumerate(
+            zip(output.final, previous.final, strict=False)
+        ):  # old heads come first
+            chosen = slice(left_out if t == 0 else 0, None)  # background is the first query of step 0's head
+            share = old.masks[:, chosen].shape[1] / total
+            classes.append(share * query_distillation(new.classes[:, chosen], old.classes[:, chosen]))
+            masks.append(share * mask_distillation(new.masks[:, chosen], old.masks[:, chosen]))
         return {
-            "query_distillation": self.config.query_weight * classes / count,
-            "mask_distillation": self.config.mask_weight * masks / count,
+            "query_distillation": self.config.query_weight * torch.stack(classes).sum(),
+            "mask_distillation": self.config.mask_weight * torch.stack(masks).sum(),
         }

@@ -43,6 +43,7 @@ class PLOP(Method):
         balanced_init: bool = True
 
     plain_base = True
+    config: Config
     thresholds: Tensor | None = None  # (K,) of this step
 
     def start_step(self, ctx: StepContext) -> None:

@@ -50,6 +50,7 @@ class Reminder(Method):
         balanced_init: bool = True
 
     plain_base = True
+    config: Config
     thresholds: Tensor | None = None  # (K,) of this step
     prototypes: Tensor | None = None  # (classes of finished steps with background, D)
 

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from cssbench.api import Batch, ConfigError, Method, Section, StepContext
 from cssbench.losses.mask import class_presence
+from cssbench.models.atm import ATMHead
+from cssbench.models.segvit import MaskOutput, SegViT
 
 
 class SegViTCL(Method):
@@ -39,11 +41,12 @@ class SegViTCL(Method):
             None, gt=0, description="class weight of 'absent' at steps t > 0; None: the model's own"
         )
 
+    config: Config
     uses_previous = False
     plain_base = True
 
     def start_step(self, ctx: StepContext) -> None:
-        if not hasattr(ctx.model.heads[-1], "class_shift"):
+        if not isinstance(ctx.model, SegViT):
             raise ConfigError(
                 f"Method 'segvit-cl' needs a model with ATM heads, not {type(ctx.model).__name__}. Use model 'segvit'."
             )
@@ -55,11 +58,14 @@ class SegViTCL(Method):
     def loss(self, ctx: StepContext, batch: Batch) -> dict[str, Tensor]:
         if ctx.step.index == 0 or self.config.absent_weight is None:
             return ctx.model.loss(batch.output, batch.labels)
+        assert isinstance(ctx.model, SegViT)
+        assert isinstance(batch.output, MaskOutput)
         return ctx.model.loss(batch.output, batch.labels, absent_weight=self.config.absent_weight)
 
     @torch.no_grad()
     def end_step(self, ctx: StepContext) -> None:
         head = ctx.model.heads[-1]
+        assert isinstance(head, ATMHead)
         if self.config.calibration == "prior":
             shift = [prior_shift(ctx.class_images[p], ctx.images[-1], sum(ctx.images)) for p in ctx.step.new_positions]
             head.class_shift.copy_(torch.tensor(shift))

@@ -46,10 +46,26 @@ class EvaluationDataset(Dataset):
         return len(self.stems)
 
     def __getitem__(self, index: int) -> tuple[str, list[View]]:
-        stem, split = self.stems[index], "train" if self.split == "holdout" else self.split
-        image, label = self.source.pair(split, stem)
+        stem = self.stems[index]
+        image, label = self._pair(stem)
         picture, truth = to_tensor(image), torch.from_numpy(np.array(label))
         return stem, [getattr(self, f"_{geometry}")(picture, truth) for geometry in self.config.geometries]
+
+    @property
+    def sampled(self) -> str:
+        """The geometry whose predictions are kept as samples: `full` if it is evaluated."""
+        return "full" if "full" in self.config.geometries else self.config.geometries[0]
+
+    def picture(self, stem: str) -> tuple[np.ndarray, np.ndarray]:
+        """Image (h, w, 3) and class ids (h, w), uint8, in the geometry `sampled`: what belongs beside a sample."""
+        image, label = self._pair(stem)
+        if self.sampled == "full":
+            return image, label
+        picture, truth = self._cropped(to_tensor(image), torch.from_numpy(np.array(label)))
+        return picture.permute(1, 2, 0).contiguous().numpy(), truth.contiguous().numpy()
+
+    def _pair(self, stem: str) -> tuple[np.ndarray, np.ndarray]:
+        return self.source.pair("train" if self.split == "holdout" else self.split, stem)
 
     def _full(self, image: Tensor, label: Tensor) -> View:
         short = self.config.short_side or min(label.shape)
@@ -57,10 +73,13 @@ class EvaluationDataset(Dataset):
         return View("full", normalise(resize(image, size), self.mean, self.std), label)
 
     def _crop(self, image: Tensor, label: Tensor) -> View:
+        image, label = self._cropped(image, label)
+        return View("crop", normalise(image, self.mean, self.std), label)
+
+    def _cropped(self, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         side = self.config.crop
         size = short_side_size(label.shape, side)
-        image = centre_crop(resize(image, size), side)
-        return View("crop", normalise(image, self.mean, self.std), centre_crop(resize_label(label, size), side))
+        return centre_crop(resize(image, size), side), centre_crop(resize_label(label, size), side)
 
 
 def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
@@ -129,7 +148,7 @@ def evaluate(
     alone: Sequence[frozenset[str]] = (),
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """(matrices, samples): int64 (K+1, K+1) arrays as `results.StepRecord.matrices` names them, and the predicted class
-    ids (h, w) of the images in `keep` (`full` geometry if it is evaluated, rule `foreground`).
+    ids (h, w) of the images in `keep` (geometry `data.sampled`, rule `foreground`).
 
     alone[t]: the images evaluated at the earlier step t; over these, matrices `upto<t>` count what the outputs of steps
     0..t alone would predict. With several processes each takes every world-th image and has the samples of its own;
@@ -145,7 +164,6 @@ def evaluate(
         for part in ("", *(f".upto{t}" for t in range(len(alone))))
         for rule in ("all", "foreground")
     }
-    sampled = "full" if "full" in data.config.geometries else data.config.geometries[0]
     samples: dict[str, np.ndarray] = {}
     for stem, views in _share(fabric, data, workers):
         for view, scores in _scored(fabric, model, views, data.config):
@@ -154,7 +172,7 @@ def evaluate(
             for part, upto in parts.items():
                 for rule, predicted in predictor(scores, upto).items():
                     totals[f"{view.geometry}.{rule}{part}"] += confusion(truth, predicted, data.source.num_classes)
-                    if stem in keep and (view.geometry, rule, part) == (sampled, "foreground", ""):
+                    if stem in keep and (view.geometry, rule, part) == (data.sampled, "foreground", ""):
                         samples[stem] = predicted.cpu().numpy().astype(np.uint8)
         on_image()
     model.train(was_training)

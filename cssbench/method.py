@@ -55,7 +55,8 @@ class StepContext:
 class Method:
     """A continual method. Only `loss` is required.
 
-    `Config` holds the hyper-parameters, the paper's values as defaults; unknown keys are refused.
+    `Config` holds the hyper-parameters, the paper's values as defaults; unknown keys are refused. Writing
+    `config: Config` below it tells type checkers what `self.config` is.
     `uses_previous = False` spares the forward pass through the previous model.
     `memory`: the most images (with or without labels) of finished steps that the method keeps, in its state; tables
     must say so. 0: it has only the step's own images, the benchmark's rule.

@@ -146,26 +146,28 @@ def _learn(
 def _evaluate(made: Experiment, step: Step, base: BaseStep, clock: Clock) -> dict[str, np.ndarray]:
     """Matrices over the images that show a class seen so far; writes the sample predictions."""
     found = base.evaluation()
+    stems = made.evaluation_stems(step)
+    view = EvaluationDataset(made.data, made.config.evaluate.split, stems, made.config.evaluate, made.model)
     clock.lap()
     if found:
         matrices, samples, seconds = found
         clock.add("evaluate", seconds)
     else:
-        matrices, samples = _predict(made, step)
+        matrices, samples = _predict(made, step, view)
         clock.lap("evaluate")
         base.keep_evaluation(matrices, samples, clock.seconds["evaluate"])
-    _save_samples(made, step, samples)
+    _save_samples(made, step, view, samples)
     clock.lap("evaluate")
     return matrices
 
 
-def _predict(made: Experiment, step: Step) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def _predict(
+    made: Experiment, step: Step, view: EvaluationDataset
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """(matrices, samples) of `evaluate` for this run's settings."""
     config, steps = made.config, made.scenario.steps
-    stems = made.evaluation_stems(step)
-    view = EvaluationDataset(made.data, config.evaluate.split, stems, config.evaluate, made.model)
     alone = [frozenset(made.evaluation_stems(s)) for s in steps[:-1]] if step is steps[-1] else []
-    with track(f"step {step.index}/{len(steps) - 1}  evaluate", len(stems)) as advance:
+    with track(f"step {step.index}/{len(steps) - 1}  evaluate", len(view)) as advance:
         return evaluate(
             made.fabric,
             made.model,
@@ -225,17 +227,16 @@ def summary_line(made: Experiment, step: Step, matrices: dict[str, np.ndarray]) 
     return "; ".join(parts)
 
 
-def _save_samples(made: Experiment, step: Step, samples: dict[str, np.ndarray]) -> None:
-    """Predictions of this step, and once the images and their truth, as PNG."""
+def _save_samples(made: Experiment, step: Step, view: EvaluationDataset, samples: dict[str, np.ndarray]) -> None:
+    """Predictions of this step, and once the images and their truth, as PNG, all of one geometry."""
     for stem, predicted in samples.items():
         _save_palette(made.folder.step_folder(step.index) / "samples" / f"{image_name(stem)}.png", predicted, made)
         truth = made.folder.path / "samples" / f"{image_name(stem)}.truth.png"
         if not truth.exists():
-            split = "train" if made.config.evaluate.split == "holdout" else made.config.evaluate.split
-            image = Image.fromarray(made.data.image(split, stem))
+            image, ids = view.picture(stem)
             with atomic_path(truth.with_name(f"{image_name(stem)}.image.png")) as path:
-                image.save(path, format="PNG")
-            _save_palette(truth, made.data.label(split, stem), made)
+                Image.fromarray(image).save(path, format="PNG")
+            _save_palette(truth, ids, made)
 
 
 def _save_palette(path: Path, ids: np.ndarray, made: Experiment) -> None:

@@ -111,7 +111,11 @@ def _log(ctx: StepContext, values: dict[str, Any]) -> None:
 
 
 def forward(fabric: Fabric, ctx: StepContext, module: Any, method: Method, loaded: dict[str, Any]) -> dict[str, Tensor]:
-    """One forward pass (and the previous model's, without gradients): the method's loss terms, checked."""
+    """One forward pass (and the previous model's, without gradients): the method's loss terms, checked.
+
+    The previous model runs under `no_grad`, in the eval mode that `freeze_copy` gave it. Not under `inference_mode`: a
+    loss such as (new * old).sum() saves `old` for its backward pass, which torch refuses for an inference tensor.
+    """
     images = loaded["images"].to(fabric.device, non_blocking=True)
     labels = loaded["labels"].to(fabric.device, non_blocking=True)
     previous = None

@@ -116,8 +116,8 @@ def average(row: Row) -> Iterator[Flag]:
     """Flags of avg, at most one."""
     if row.avg is None:
         return
-    known = row.base is not None and row.inc is not None
-    if known and meet(span(row.avg), weighted([(1, row.base), (1, row.inc)])):
+    base, inc = row.base, row.inc
+    if base is not None and inc is not None and meet(span(row.avg), weighted([(1, base), (1, inc)])):
         yield "avg", f"avg {row.avg} is (base + inc) / 2, no mean over steps"
         return
     if row.all is None:

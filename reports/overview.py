@@ -149,8 +149,9 @@ def _cell(line: Line, scenario: str, measure: str, members: Sequence[Scored]) ->
         mine, best = _printed(verdict.row, measure), _printed(_joint(verdict.row), measure)
         if mine is None:
             return MISSING
-        drop_of = best is not None and measure in frames.MEANS and not verdict.row.oracle
-        return f"{mine}\n{_below(float(best - mine) / 100, float((best - mine) / best))}" if drop_of else str(mine)
+        if best is None or measure not in frames.MEANS or verdict.row.oracle:
+            return str(mine)
+        return f"{mine}\n{_below(float(best - mine) / 100, float((best - mine) / best))}"
     return ""
 
 
@@ -184,8 +185,7 @@ def _published_lines(scenarios: Iterable[str], mode: str, protocol: str) -> list
             lines.setdefault((*key, row.reproduced, row.source), {})[row.scenario] = verdict
     made: list[Line] = []
     source = ""
-    for key in sorted(lines, key=lambda key: key[:5]):  # the order of a file stays
-        printed = lines[key]
+    for _, printed in sorted(lines.items(), key=lambda item: item[0][:5]):  # the order of a file stays
         row = next(iter(printed.values())).row
         flagged = " ‡" if any(verdict.flags for verdict in printed.values()) else ""
         fits = "/".join(dict.fromkeys(verdict.fits for verdict in printed.values())).replace("/fits ", "/")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,23 +66,29 @@ class Sample:
 
 
 def samples(scored: Sequence[Scored]) -> list[Sample]:
-    """The sample images of the runs of one setting, every run once. Raises RunError on an unreadable picture."""
+    """The sample images of the runs of one setting, every run once. Raises RunError on an unreadable picture.
+
+    Runs whose truths of an image differ, one having evaluated all of it and another a crop, get a sample each.
+    """
     runs = list({one.label: one for one in scored}.values())
-    files = {one.label: sample_files(one.run, one.run.records()) for one in runs}
+    views: dict[tuple[str, tuple[int, ...], bytes], list[tuple[Scored, Path, np.ndarray, dict[int, Path]]]] = {}
+    for one in runs:
+        for stem, (image, truth, predictions) in sample_files(one.run, one.run.records()).items():
+            ids = _ids(truth)
+            views.setdefault((stem, ids.shape, ids.tobytes()), []).append((one, image, ids, predictions))
     colours = _colours(runs[0])
-    found = []
-    for stem in sorted({stem for there in files.values() for stem in there}):
-        image, truth, _ = next(there[stem] for there in files.values() if stem in there)
-        ids = _ids(truth)
-        rows, shown = [], [ids]
-        for one in runs:
-            if stem in files[one.label]:
-                predictions = {step: _ids(path, ids.shape) for step, path in files[one.label][stem][2].items()}
-                shown += predictions.values()
-                rows.append(_row(one, ids, predictions))
+    found, times = [], Counter[str]()
+    for (stem, _, _), there in sorted(views.items(), key=lambda view: view[0][0]):
+        rows, (_, image, ids, _) = [], there[0]
+        shown = [ids]
+        for one, _, _, files in there:
+            predicted = {step: _ids(path, ids.shape) for step, path in files.items()}
+            shown += predicted.values()
+            rows.append(_row(one, ids, predicted))
         picture = np.asarray(_open(image, ("RGB", "RGBA", "L", "P"), Image.Resampling.LANCZOS))
-        legend = _legend(runs[0], colours, _filled(shown))
-        found.append(Sample(stem, picture, ids, colours, tuple(rows), legend))
+        times[stem] += 1
+        name = stem if times[stem] == 1 else f"{stem} (view {times[stem]})"
+        found.append(Sample(name, picture, ids, colours, tuple(rows), _legend(runs[0], colours, _filled(shown))))
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -129,7 +130,41 @@ def test_a_checkpoint_is_loaded_and_a_wrong_one_refused(tmp_path):
     safetensors.torch.save_file(source.state_dict(), tmp_path / "own.safetensors")
     loaded = ResNetBackbone(ResNetConfig(name="resnet10t", checkpoint=str(tmp_path / "own.safetensors"))).resnet
     assert torch.equal(loaded.conv1[0].weight, source.conv1[0].weight)
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with pytest.raises(ModelError, match=r"is not of this model: .*the first being 'layer1\.0\.bn3\.bias'"):
         ResNetBackbone(ResNetConfig(name="resnet14t", checkpoint=str(tmp_path / "own.safetensors")))
     with pytest.raises(ModelError, match="not a file"):
         ResNetBackbone(ResNetConfig(name="resnet14t", checkpoint=str(tmp_path / "none.safetensors")))
+
+
+def test_a_checkpoint_may_have_a_classifier_and_lack_counts_of_batches(tmp_path):
+    """As torchvision's first weights of ResNets."""
+    source = timm.create_model("resnet10t", num_classes=5)
+    state = {name: tensor for name, tensor in source.state_dict().items() if not name.endswith("num_batches_tracked")}
+    torch.save(state, tmp_path / "old.pth")
+    loaded = ResNetBackbone(ResNetConfig(name="resnet10t", checkpoint=str(tmp_path / "old.pth"))).resnet
+    assert torch.equal(loaded.layer4[0].conv2.weight, source.layer4[0].conv2.weight)
+
+
+class Trap:
+    """Pickled into a file, this creates another file when it is read by an unsafe reader."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_pickled_checkpoint_is_refused_in_our_words_and_never_run(tmp_path):
+    path, trace = tmp_path / "weights.pth", tmp_path / "trace"
+    torch.save({"conv1.weight": Trap(trace)}, path)
+    with pytest.raises(ModelError) as refused:
+        ResNetBackbone(ResNetConfig(name="resnet10t", checkpoint=str(path)))
+    assert str(refused.value) == (
+        f"model.backbone.checkpoint {str(path)!r} cannot be loaded (it is damaged, or holds something else than "
+        "tensors; nothing in it was run). Give a safetensors file, or a .pth that holds tensors only, of the same "
+        "model in timm's names."
+    )
+    assert not trace.exists()
+    torch.load(path, weights_only=False)
+    assert trace.exists()  # so the trap does work

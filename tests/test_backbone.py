@@ -280,7 +280,7 @@ def test_pickled_objects_are_refused_and_never_run(tmp_path, writer):
         path.write_bytes(pickle.dumps(state))
     with pytest.raises(ModelError, match=r"weights\.pth' cannot be loaded .*holds tensors only") as refused:
         make(checkpoint=str(path))
-    assert "weights_only=False" not in str(refused.value)  # no way around is advertised
+    assert "weights_only" not in str(refused.value)  # no way around is advertised
     assert not trace.exists()
     torch.load(path, weights_only=False) if writer == "torch" else pickle.loads(path.read_bytes())
     assert trace.exists()  # so the trap does work

@@ -17,8 +17,10 @@ from cssbench import config, registry
 from cssbench.api import Batch, ConfigError, Method, Segmenter, StepContext
 from cssbench.experiment import build_experiment, resolve
 from cssbench.losses.prototypes import class_means
+from cssbench.models.atm import MaskPrediction
 from cssbench.models.passes import class_prototypes, uncertainty_thresholds
 from cssbench.models.segmenter import freeze_copy
+from cssbench.models.segvit import MaskOutput
 from cssbench.results import RunFolder
 from cssbench.scenario import IGNORE, Scenario
 from cssbench.task_loop import run
@@ -480,6 +482,25 @@ def test_mib_by_queries_distils_old_heads_and_teaches_the_new_one():
     old, new = ctx.model.heads
     assert all(p.grad is None for p in old.parameters())
     assert new.classifier.weight.grad.abs().sum() > 0
+
+
+def predicted(*probabilities: float) -> MaskPrediction:
+    """Queries of one image and one cell, each with this probability of presence and of its mask."""
+    logits = torch.tensor(probabilities).logit()
+    return MaskPrediction(logits[None, :, None, None], torch.stack([logits, torch.zeros_like(logits)], 1)[None])
+
+
+@pytest.mark.parametrize(("distilled", "chosen"), [(False, [1, 2, 3]), (True, [0, 1, 2, 3])])
+def test_mib_by_queries_leaves_out_a_background_query(distilled: bool, chosen: list[int]):
+    """Three heads, of which the last is new: background and two classes, one class, one class."""
+    old, new = [0.9, 0.25, 0.5, 0.75], [0.1, 0.5, 0.5, 0.25]
+    previous = MaskOutput((1, 1), [], [[predicted(*old[:3])], [predicted(old[3])]], [None] * 2, True)
+    output = MaskOutput((1, 1), [], [[predicted(*new[:3])], [predicted(new[3])], [predicted(0.6)]], [None] * 3, True)
+    terms = make_method("mib", form="query", distil_background=distilled).query_terms(output, previous)
+    costs = [-(p * math.log(q) + (1 - p) * math.log(1 - q)) for p, q in zip(old, new, strict=True)]
+    mean = sum(costs[i] for i in chosen) / len(chosen)
+    assert float(terms["query_distillation"]) == pytest.approx(200 * mean)
+    assert float(terms["mask_distillation"]) == pytest.approx(20 * mean)
 
 
 def test_mib_by_pixels_adds_both_terms_to_the_new_heads_own():

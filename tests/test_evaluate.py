@@ -388,6 +388,9 @@ def test_samples_are_foreground_predictions_of_the_full_image(geometries: list[s
         shown = data.shown[stem] if "full" in geometries else centre(data.shown[stem])
         assert ids.dtype == np.uint8
         np.testing.assert_array_equal(ids, np.where(shown == 0, SCENE.order[0], shown))
+        image, truth = made.picture(stem)
+        np.testing.assert_array_equal(image[..., 0], 50 * shown)
+        np.testing.assert_array_equal(truth, data.truth[stem] if "full" in geometries else centre(data.truth[stem]))
 
 
 def test_the_model_is_left_in_its_mode_and_images_are_reported():

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import tomllib
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from cssbench.models.backbone import BackboneConfig
+from cssbench.config import PartChoice, RunConfig
+from cssbench.experiment import resolve
 from cssbench.models.linear import LinearViT
 from cssbench.models.segmenter import freeze_copy
 from cssbench.scenario import IGNORE, Step
@@ -19,8 +21,8 @@ TINY = {"name": "vit_tiny_patch16_224", "image_size": 32, "patch": 8, "width": 3
 
 def build(steps: int = 2, **options: Any) -> LinearViT:
     torch.manual_seed(0)
-    backbone = BackboneConfig(**TINY, layers=[1, 2, 3], drop_path=0.0)  # type: ignore[arg-type]
-    model = LinearViT(LinearViT.Config(backbone=backbone, **options))
+    backbone = TINY | {"layers": [1, 2, 3], "drop_path": 0.0}
+    model = LinearViT(LinearViT.Config.model_validate({"backbone": backbone} | options))
     for step in STEPS[:steps]:
         model.grow(step)
     return model.eval()
@@ -40,6 +42,24 @@ def test_outputs_have_the_documented_shapes():
     assert [m.shape for m in output.pod_maps(4)] == [(2, 32, 4, 6)] * 3 + [(2, 4, 4, 6)]
     assert model.has_background
     assert [len(head.bias) for head in model.heads] == [4, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "section", "layers"),
+    [
+        ("vit-linear", None, [3, 6, 9, 12]),
+        ("vit-linear", {}, [3, 6, 9, 12]),
+        ("vit-linear", {"name": "vit_small_patch16_384"}, [3, 6, 9, 12]),
+        ("vit-linear", {"layers": [12]}, [12]),
+        ("segvit", None, [6, 8, 12]),
+        ("segvit", {"name": "vit_small_patch16_384"}, [6, 8, 12]),
+    ],
+)
+def test_a_run_writes_its_taps_and_each_model_has_its_own(name: str, section: dict | None, layers: list[int]):
+    model = PartChoice(name=name) if section is None else PartChoice(name=name, backbone=section)
+    content = {"scenario": {"name": "synthetic-10-5"}, "method": {"name": "finetune"}, "train": {"iterations": 1}}
+    written = resolve(RunConfig.model_validate(content | {"model": model})).to_toml()
+    assert tomllib.loads(written)["model"]["backbone"]["layers"] == layers
 
 
 def test_logits_are_upsampled_before_the_loss():

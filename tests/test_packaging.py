@@ -26,6 +26,11 @@ def test_every_package_folder_is_listed():
     assert set(SETUPTOOLS["packages"]) == on_disk
 
 
+def test_mypy_checks_every_package():
+    checked = PROJECT["tool"]["mypy"]["packages"]  # with all that lies in these folders, but not in mapped ones
+    assert set(SETUPTOOLS["package-dir"]) == {*checked, "cssbench.baselines.recipes"}
+
+
 def test_every_data_file_is_shipped():
     patterns = SETUPTOOLS["package-data"]
     homes = {"cssbench/data": "cssbench.data", "scenarios": "cssbench.scenarios", "reports": "cssbench.reports"}

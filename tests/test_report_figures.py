@@ -207,6 +207,21 @@ def test_sample_of_another_size_is_refused(tmp_path):
         samples.samples(score(run))
 
 
+def test_runs_with_other_views_of_an_image_get_a_sample_each(tmp_path):
+    """As where one run evaluated whole images and another crops: each is judged by its own truth."""
+    whole, again, crop = (learner(tmp_path / name, seed=seed) for seed, name in enumerate(["whole", "again", "crop"]))
+    for run in (whole, again, crop):
+        add_samples(run)
+    for path in [*(crop.path / "samples").glob("*.png"), *crop.path.glob("*/*/samples/*.png")]:
+        samples.Image.open(path).crop((8, 8, 16, 16)).save(path)
+    one, other = samples.samples(score(crop, whole, again))
+    assert (one.stem, one.truth.shape, one.image.shape, len(one.rows)) == ("a", (8, 8), (8, 8, 3), 1)
+    assert (other.stem, other.truth.shape, other.image.shape) == ("a (view 2)", (16, 16), (16, 16, 3))
+    assert len(other.rows) == 2
+    assert (one.truth == 3).all()
+    assert [errors[0, 0] for errors in one.rows[0].errors] == [samples.FUTURE, samples.WRONG]
+
+
 # The gallery --------------------------------------------------------------------------------------------------------
 
 

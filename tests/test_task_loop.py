@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 
 from cssbench import config, protocol
 from cssbench.experiment import build_experiment, resolve
@@ -210,6 +211,13 @@ def test_calibration_is_fixed_when_its_step_ends(recipe, tmp_path: Path, calibra
         assert torch.equal(first[name], last[name])
     moved = last["heads.1.class_shift"].abs().sum() > 0 if calibration == "prior" else last["heads.1.class_scale"] != 1
     assert moved
+
+
+def test_sample_pictures_of_crops_show_the_crop(recipe, tmp_path: Path):
+    run = start(recipe, tmp_path / "run", 'evaluate.geometries=["crop"]', "evaluate.crop=16", "train.iterations=1")
+    pictures = [*(run.path / "samples").glob("*.png"), *(path for r in run.records() for path in r.samples().values())]
+    assert len(pictures) == 2 * 2 + 3 * 2
+    assert {np.array(Image.open(path)).shape[:2] for path in pictures} == {(16, 16)}  # reading closes a file
 
 
 def test_evaluation_on_held_out_training_images(recipe, tmp_path: Path):

@@ -53,7 +53,7 @@ class Linear(Segmenter):
         self.first = nn.Conv2d(3, 4, 1)
         self.shift = Shift()
         self.seen_types: list[torch.dtype] = []
-        self.grad_modes: list[bool] = []
+        self.modes: list[tuple[bool, bool]] = []  # of each forward pass: training, gradients
 
     def grow(self, step: Step) -> None:
         self.heads.append(nn.Conv2d(4, len(step.new) + (step.index == 0), 1))
@@ -61,7 +61,7 @@ class Linear(Segmenter):
     def forward(self, images: Tensor) -> LinearOutput:
         hidden = self.first(images)
         self.seen_types.append(hidden.dtype)
-        self.grad_modes.append(torch.is_grad_enabled())
+        self.modes.append((self.training, torch.is_grad_enabled()))
         hidden = hidden.relu() + self.shift.offset
         ready = torch.cat([head(hidden) for head in self.heads], dim=1)
         return LinearOutput((images.shape[-2], images.shape[-1]), [hidden], ready)
@@ -382,7 +382,7 @@ def test_plain_numbers_are_no_loss():
         train(context(), Wrong(), iterations=1)
 
 
-def test_the_previous_model_runs_once_without_gradients():
+def test_the_previous_model_runs_once_in_eval_mode_without_gradients():
     class Watching(Plain):
         seen: list[Batch]
 
@@ -393,7 +393,8 @@ def test_the_previous_model_runs_once_without_gradients():
     previous: Any = freeze_copy(model_of(0))
     ctx, method = context(1, previous), Watching()
     train(ctx, method, iterations=2)
-    assert previous.grad_modes == [False, False]  # also keeps no buffers for a backward pass
+    assert previous.modes == [(False, False)] * 2  # without gradients it keeps no buffers for a backward pass either
+    assert ctx.model.modes == [(True, True)] * 2
     for batch, loaded in zip(method.seen, [images_of(0), images_of(1)], strict=True):
         assert batch.previous is not None
         assert batch.previous.scores.shape == (8, 3, 5, 4)
@@ -402,6 +403,24 @@ def test_the_previous_model_runs_once_without_gradients():
         torch.testing.assert_close(batch.previous.scores, previous(loaded["images"]).scores)
         assert batch.names == loaded["names"]
         assert torch.equal(batch.labels, loaded["labels"])
+
+
+def test_the_previous_model_runs_once_per_accumulated_pass():
+    previous: Any = freeze_copy(model_of(0))
+    train(context(1, previous), iterations=2, accumulate=4)
+    assert len(previous.modes) == 8
+
+
+def test_a_loss_may_multiply_by_what_the_previous_model_puts_out():
+    class Product(Method):
+        def loss(self, ctx: StepContext, batch: Batch) -> dict[str, Tensor]:
+            assert batch.previous is not None
+            return {"product": (batch.output.features[0] * batch.previous.features[0]).mean()}
+
+    ctx = context(1, freeze_copy(model_of(0)))
+    before = weights(ctx)
+    train(ctx, Product(), iterations=1)  # inference tensors could not be kept for the backward pass
+    assert not torch.equal(weights(ctx)["first.weight"], before["first.weight"])
 
 
 def test_a_method_may_spare_the_previous_model():

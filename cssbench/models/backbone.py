@@ -8,7 +8,9 @@ receive their position embedding and are dropped before block 1 (`prefix_tokens=
 from __future__ import annotations
 
 import difflib
+import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -143,28 +145,44 @@ def _build(config: BackboneConfig) -> VisionTransformer:
 
 
 def _load(vit: VisionTransformer, path: str) -> None:
-    """Weights in timm's names; position embeddings are resized to the model's grid. What the taps do not need (later
-    blocks, final norm, classifier) may be there or not; all else must fit. Nothing pickled is ever run."""
-    try:
-        weights = checkpoint_filter_fn(load_state_dict(path, weights_only=True), vit)
-    except Exception as error:  # whatever a foreign file makes its readers raise
-        reason = re.split(r"\. |\n", str(error))[0]  # torch goes on to explain how to load unsafe files all the same
-        raise ModelError(
-            f"model.backbone.checkpoint {path!r} cannot be loaded ({type(error).__name__}: {reason}). Give a "
-            f"safetensors file, or a .pth that holds tensors only, of the same model in timm's names."
-        ) from error
-    own = vit.state_dict()
+    """Position embeddings are resized to the model's grid. What the taps do not need (later blocks, final norm,
+    classifier) may be there or not; all else must fit."""
+    weights = _read_weights(path, lambda found: checkpoint_filter_fn(found, vit))
     numbers = {str(number) for number in range(len(vit.blocks))}
     later = {name for name in weights if name.startswith("blocks.") and name.split(".")[1] not in numbers}
-    spare = {name for name in weights if name.startswith(("norm.", "fc_norm.", "attn_pool.", "head"))} | later
+    _fill(vit, weights, later | {n for n in weights if n.startswith(("norm.", "fc_norm.", "attn_pool.", "head"))}, path)
+
+
+def _read_weights(path: str, adapt: Callable[[Any], dict[str, Any]] = dict) -> dict[str, Any]:
+    """The tensors in a file, in timm's names, after `adapt`. Nothing pickled is ever run. Raises ModelError."""
+    try:
+        return adapt(load_state_dict(path, weights_only=True))
+    except Exception as error:  # whatever a foreign file makes its readers raise
+        if isinstance(error, pickle.UnpicklingError) or isinstance(error.__context__, pickle.UnpicklingError):
+            reason = "it is damaged, or holds something else than tensors; nothing in it was run"
+        else:
+            first, *_ = re.split(r"\. |\n", str(error))
+            reason = f"{type(error).__name__}: {first}" if first else type(error).__name__
+    raise ModelError(
+        f"model.backbone.checkpoint {path!r} cannot be loaded ({reason}). Give a safetensors file, or a .pth that "
+        f"holds tensors only, of the same model in timm's names."
+    )
+
+
+def _fill(module: nn.Module, weights: dict[str, Any], spare: set[str], path: str) -> None:
+    """Load all of `weights` but `spare`. Raises ModelError when they are not exactly what `module` has.
+
+    Only a BatchNorm's count of batches may be missing, as in files that are older than it.
+    """
+    own = {n: t for n, t in module.state_dict().items() if n in weights or not n.endswith(".num_batches_tracked")}
     wrong = sorted(own.keys() ^ (weights.keys() - spare))
-    wrong = wrong or sorted(name for name in own if own[name].shape != weights[name].shape)
+    wrong = wrong or sorted(name for name in own if own[name].shape != getattr(weights[name], "shape", None))
     if wrong:
         raise ModelError(
             f"model.backbone.checkpoint {path!r} is not of this model: {len(wrong)} tensors are missing, unexpected or "
             f"of another shape, the first being {wrong[0]!r}. Name the model (and sizes) that it was saved from."
         )
-    vit.load_state_dict({name: weights[name] for name in own})
+    module.load_state_dict({name: weights[name] for name in own})
 
 
 class ResNetConfig(Section):
@@ -235,14 +253,8 @@ def _build_resnet(config: ResNetConfig) -> ResNet:
     if not isinstance(net, ResNet):
         raise ModelError(f"{config.name!r} is a {kind}, not a ResNet of timm. Choose one such as 'resnet101'.")
     if config.checkpoint:
-        try:
-            weights = load_state_dict(config.checkpoint, weights_only=True)
-            net.load_state_dict({k: v for k, v in weights.items() if not k.startswith("fc.")})
-        except Exception as error:  # whatever a foreign file makes its readers raise
-            raise ModelError(
-                f"model.backbone.checkpoint {config.checkpoint!r} cannot be loaded ({type(error).__name__}: {error}). "
-                f"Give a safetensors file, or a .pth that holds tensors only, of the same model in timm's names."
-            ) from error
+        weights = _read_weights(config.checkpoint)
+        _fill(net, weights, {name for name in weights if name.startswith("fc.")}, config.checkpoint)
     return net
 
 

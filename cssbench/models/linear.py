@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch.nn.functional as F
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from cssbench.config import Section
@@ -17,6 +18,12 @@ from cssbench.losses.pixel import Reduction
 from cssbench.models.backbone import Backbone, BackboneConfig, to_map
 from cssbench.models.pixel import PixelSegmenter
 from cssbench.models.segmenter import autograd_off
+
+
+class TappedBackboneConfig(BackboneConfig):
+    """A timm plain ViT, by default tapped at every quarter of 12 blocks."""
+
+    layers: list[PositiveInt] = Field([3, 6, 9, 12], min_length=1, description="taps, 1-based")
 
 
 class LinearViT(PixelSegmenter):
@@ -31,7 +38,7 @@ class LinearViT(PixelSegmenter):
         reduction: of the cross-entropy: "all" pixels in the denominator, as the public code, or "valid" ones only.
         """
 
-        backbone: BackboneConfig = BackboneConfig(layers=[3, 6, 9, 12])
+        backbone: TappedBackboneConfig = TappedBackboneConfig()
         norm: bool = True
         taps: Literal["normalised", "raw"] = "normalised"
         reduction: Reduction = "all"
