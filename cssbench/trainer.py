@@ -73,7 +73,7 @@ def fit(
     """Train one step for `iterations` optimiser steps; returns the means of the loss terms over the last tenth.
 
     batches: an endless or long enough stream of micro-batches, `train.accumulate` of them per optimiser step.
-    Raises NonFiniteLossError, naming the images of the batch.
+    Raises NonFiniteLossError, naming the images of the batch; PluginError where the method breaks its interface.
     """
     optimizer = make_optimizer(optim, check_groups(method, method.param_groups(ctx)), ctx.step.index)
     module, optimizer = fabric.setup(ctx.model, optimizer)

@@ -384,7 +384,7 @@ METHODS: dict[str, tuple[str, str]] = {
         "lr_scale of entry 0 is str"),
     "no state": (method(HOOK.format("state_dict(self)", "return None")), "but it is NoneType"),
     "a state that is no data": (
-        method(HOOK.format("state_dict(self)", "return {'a': [1, {2}]}")), "but state['a'][1] is of type set"),
+        method(HOOK.format("state_dict(self)", "return {'a': [1, object()]}")), "but state['a'][1] is of type object"),
 }  # fmt: skip
 
 
