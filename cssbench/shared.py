@@ -60,16 +60,14 @@ class BaseStep:
     @property
     def record(self) -> dict[str, Any]:
         """What the step's record says of it: nothing, or where it comes from."""
-        names = ("key", "commit", "run", "when")
-        return {"shared": {name: self.reused[name] for name in names}} if self.reused else {}
+        return {"shared": {n: self.reused[n] for n in ("key", "commit", "run", "when")}} if self.reused else {}
 
     @property
     def origin(self) -> str:
         """Words for the line of news: nothing, or "shared (trained by RUN at COMMIT), "."""
-        if not self.reused:
-            return ""
-        commit, version = self.reused["commit"], self.reused["version"]
-        return f"shared (trained by {self.reused['run']} at {commit[:12] if commit else f'cssbench {version}'}), "
+        found = self.reused
+        commit = (found.get("commit") or "")[:12] or f"cssbench {found.get('version')}"
+        return f"shared (trained by {found['run']} at {commit}), " if found else ""
 
     def load(self, ctx: StepContext, iterations: int) -> dict[str, Any]:
         """Numbers of the entry, its weights loaded as if just trained. Empty: there is none; train, then `keep`.
@@ -155,8 +153,8 @@ class BaseStep:
             return None
         found = None
         if self.fabric.is_global_zero:
-            self.evaluated_facts = evaluation_facts(self.made)
-            self.evaluated = self.path / f"evaluated-{content_digest(self.evaluated_facts)}.json"
+            self.about = evaluation_facts(self.made)
+            self.evaluated = self.path / f"evaluated-{content_digest(self.about)}.json"
             found = self._read_evaluation() if self.evaluated.exists() else None
         return (found or ({}, {}, 0.0)) if self.fabric.broadcast(found is not None) else None
 
@@ -167,8 +165,11 @@ class BaseStep:
                 with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
                     arrays = {name: file[name] for name in file.files}
                 matrices = {name[2:]: array for name, array in arrays.items() if name.startswith("m.")}
-                stems = self.made.sample_stems
-                samples = {stems[int(name[2:])]: array for name, array in arrays.items() if name.startswith("s.")}
+                samples = {
+                    self.made.sample_stems[int(name[2:])]: array
+                    for name, array in arrays.items()
+                    if name.startswith("s.")
+                }
                 return matrices, samples, about["seconds"]
         except (RunError, OSError, KeyError, TypeError, AttributeError):
             pass

@@ -539,7 +539,9 @@ def test_a_store_that_cannot_be_written_is_one_clear_error_and_later_costs_nothi
     monkeypatch.setattr(shared, "publish", full)
     assert start(brief, tmp_path / "other", tmp_path / "store").finished
     assert "not stored" in capsys.readouterr().err
-    assert FileLock(next((tmp_path / "store").glob("*/*.lock"))).acquire()
+    lock = FileLock(next((tmp_path / "store").glob("*/*.lock")))
+    assert lock.acquire()
+    lock.release()
 
 
 # --- the command line ---------------------------------------------------------------------------------------------
@@ -554,7 +556,7 @@ def test_the_command_line_says_who_trained_it(brief, recipe, tmp_path, command, 
     monkeypatch.setenv("CSSBENCH_SHARED", str(tmp_path / "store"))
     code, _, printed = command(*words, "--out", tmp_path / "second")
     assert code == 0, printed
-    assert re.search(r"step 0: shared \(trained by first at [0-9a-f]{12}|cssbench", printed)
+    assert re.search(r"step 0: shared \(trained by first at ([0-9a-f]{12}|cssbench [0-9.]+)\), base", printed)
     assert RunFolder.read(tmp_path / "second").config.scenario.name == brief["scenario"]["name"]
     code, _, printed = command(
         *words, "--out", tmp_path / "third", "--set", f"scenario.name={recipe['scenario']['name']}"
