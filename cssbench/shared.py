@@ -189,10 +189,7 @@ class BaseStep:
             np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
             with suppress(RunError):  # as in `keep`
                 write_bytes(self.evaluated.with_suffix(".npz"), buffer.getvalue())
-                about = self.evaluated_facts | {
-                    "seconds": seconds,
-                    "sha256": sha256(self.evaluated.with_suffix(".npz")),
-                }
+                about = self.about | {"seconds": seconds, "sha256": sha256(self.evaluated.with_suffix(".npz"))}
                 write_json(self.evaluated, about | {"digest": content_digest(about)})
 
 
