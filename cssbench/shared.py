@@ -15,8 +15,6 @@ from __future__ import annotations
 import io
 import os
 import shutil
-import zipfile
-import zlib
 from contextlib import suppress
 from pathlib import Path
 from time import sleep
@@ -62,16 +60,14 @@ class BaseStep:
     @property
     def record(self) -> dict[str, Any]:
         """What the step's record says of it: nothing, or where it comes from."""
-        names = ("key", "commit", "run", "when")
-        return {"shared": {name: self.reused[name] for name in names}} if self.reused else {}
+        return {"shared": {n: self.reused[n] for n in ("key", "commit", "run", "when")}} if self.reused else {}
 
     @property
     def origin(self) -> str:
         """Words for the line of news: nothing, or "shared (trained by RUN at COMMIT), "."""
-        if not self.reused:
-            return ""
-        commit, version = self.reused["commit"], self.reused["version"]
-        return f"shared (trained by {self.reused['run']} at {commit[:12] if commit else f'cssbench {version}'}), "
+        found = self.reused
+        commit = (found.get("commit") or "")[:12] or f"cssbench {found.get('version')}"
+        return f"shared (trained by {found['run']} at {commit}), " if found else ""
 
     def load(self, ctx: StepContext, iterations: int) -> dict[str, Any]:
         """Numbers of the entry, its weights loaded as if just trained. Empty: there is none; train, then `keep`.
@@ -157,23 +153,28 @@ class BaseStep:
             return None
         found = None
         if self.fabric.is_global_zero:
-            self.evaluated = self.path / f"evaluated-{content_digest(evaluation_facts(self.made))}.npz"
-            found = self._read_evaluation()
+            self.about = evaluation_facts(self.made)
+            self.evaluated = self.path / f"evaluated-{content_digest(self.about)}.json"
+            found = self._read_evaluation() if self.evaluated.exists() else None
         return (found or ({}, {}, 0.0)) if self.fabric.broadcast(found is not None) else None
 
     def _read_evaluation(self) -> Evaluated | None:
         try:
-            with self.evaluated.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-            matrices = {name[2:]: array for name, array in arrays.items() if name.startswith("m.")}
-            stems = self.made.sample_stems
-            samples = {stems[int(name[2:])]: array for name, array in arrays.items() if name.startswith("s.")}
-            return matrices, samples, float(arrays["seconds"])
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error):
-            say(f"step 0: {self.evaluated} is damaged; the images are evaluated again and it is replaced")
-            return None
+            about, path = read_json(self.evaluated), self.evaluated.with_suffix(".npz")
+            if about["digest"] == content_digest(about) and about["sha256"] == sha256(path):
+                with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+                    arrays = {name: file[name] for name in file.files}
+                matrices = {name[2:]: array for name, array in arrays.items() if name.startswith("m.")}
+                samples = {
+                    self.made.sample_stems[int(name[2:])]: array
+                    for name, array in arrays.items()
+                    if name.startswith("s.")
+                }
+                return matrices, samples, about["seconds"]
+        except (RunError, OSError, KeyError, TypeError, AttributeError):
+            pass
+        say(f"step 0: {self.evaluated} or its matrices are damaged; the images are evaluated again")
+        return None
 
     def keep_evaluation(self, matrices: Arrays, samples: Arrays, seconds: float) -> None:
         """Store what `evaluate` returned after `seconds`; each process brings the samples of its own images."""
@@ -185,9 +186,11 @@ class BaseStep:
             number = self.made.sample_stems.index
             arrays |= {f"s.{number(stem)}": ids for share in shares for stem, ids in share.items()}
             buffer = io.BytesIO()
-            np.savez_compressed(buffer, seconds=np.array(seconds), **arrays)  # type: ignore[arg-type]
+            np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
             with suppress(RunError):  # as in `keep`
-                write_bytes(self.evaluated, buffer.getvalue())
+                write_bytes(self.evaluated.with_suffix(".npz"), buffer.getvalue())
+                about = self.about | {"seconds": seconds, "sha256": sha256(self.evaluated.with_suffix(".npz"))}
+                write_json(self.evaluated, about | {"digest": content_digest(about)})
 
 
 def publish(temporary: Path, target: Path) -> None:
