@@ -46,7 +46,9 @@ def _with_config(cls: Any, kind: str, name: str) -> Any:
 def build_method(choice: PartChoice) -> Method:
     """The method chosen by a recipe, its hooks checked. Raises ConfigError for a wrong option, PluginError."""
     cls, part = method_class(choice.name), registry.parts("methods")[choice.name]
-    checked = type(cls.__name__, (Checked, cls), {"part": part, "__module__": cls.__module__, "__doc__": cls.__doc__})
+    own = {"part": part, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    own["plain_base"] = vars(cls).get("plain_base", False)  # a promise that no subclass inherits, and Checked keeps
+    checked = type(cls.__name__, (Checked, cls), own)
     return _build(part, checked, part_config("method", choice, cls.Config))
 
 

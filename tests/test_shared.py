@@ -23,7 +23,10 @@ import torch
 import cssbench
 from cssbench import base_facts, checkpoint, config, shared, task_loop, validate
 from cssbench.api import Batch, ConfigError, Method, StepContext
+from cssbench.base_facts import is_plain
 from cssbench.baselines.finetune import FineTune
+from cssbench.config import PartChoice
+from cssbench.contract import build_method
 from cssbench.experiment import Experiment, build_experiment, derive_seed, resolve
 from cssbench.lock import FileLock
 from cssbench.results import RunFolder, content_digest, read_json
@@ -355,6 +358,11 @@ def test_the_code_is_that_of_the_package_and_not_of_commands_and_plugins(tmp_pat
     assert digest() == before
     (tmp_path / "models" / "atm.py").write_text("one = 2\n")
     assert digest() != before
+
+
+@pytest.mark.parametrize("method", ["finetune", "ilt", "lwf", "mib", "plop", "reminder", "segvit-cl"])
+def test_built_ins_are_plain_as_a_run_builds_them(method: str):
+    assert is_plain(build_method(PartChoice(name=method)))
 
 
 def test_a_method_without_the_promise_has_a_key_of_its_own(recipe, plain, tmp_path):
