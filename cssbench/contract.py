@@ -146,7 +146,7 @@ def check_terms(method: Method, terms: Any) -> dict[str, Tensor]:
 
 def check_groups(method: Method, groups: Any) -> list[dict[str, Any]]:
     """What `method.param_groups` returned. Raises PluginError unless an optimiser can be made of it."""
-    wrong = _wrong_groups(groups)
+    wrong = wrong_groups(groups)
     if wrong:
         raise PluginError(
             f"{whose(method, 'param_groups')} must return a list of groups "
@@ -156,8 +156,8 @@ def check_groups(method: Method, groups: Any) -> list[dict[str, Any]]:
     return groups
 
 
-def _wrong_groups(groups: Any) -> str | None:
-    """What is wrong, in words; None: nothing."""
+def wrong_groups(groups: Any) -> str | None:
+    """Why an optimiser cannot be made of what `param_groups` returned, in words; None: it can."""
     if not isinstance(groups, list | tuple):
         return f"it is {_describe(groups)}"
     for index, group in enumerate(groups):

@@ -282,7 +282,7 @@ VIOLATIONS = [
     ("options", TakesAnything, "accepts an option that it does not know"),
     ("runs", Raises, "step 0, loss: IndexError"),
     ("losses", LogsOnly, "step 0: no term has a gradient"),
-    ("parameters", TrainsFrozen, "step 0: a parameter group holds a frozen parameter"),
+    ("parameters", TrainsFrozen, "step 0: it holds a frozen parameter"),
     ("parameters", UnknownKey, "unknown key 'learning_rate'"),
     ("structure", AddsLayer, "start_step changed"),
     ("width", AddsOutput, "puts out 6 scores per pixel instead of 5"),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from cssbench import checkpoint
+from cssbench import checkpoint, contract
 from cssbench.errors import RunError
 from cssbench.experiment import Experiment
 from cssbench.method import Batch, Method, StepContext
@@ -20,8 +20,6 @@ from cssbench.scenario import IGNORE
 
 if TYPE_CHECKING:
     from cssbench.testing.rig import Altered, Trace
-
-GROUP_KEYS = {"name", "params", "head", "lr_scale", "weight_decay"}
 
 
 class Watched(Method):
@@ -49,8 +47,11 @@ class Watched(Method):
     def param_groups(self, ctx: StepContext) -> list[dict[str, Any]]:
         with self._hook("param_groups", ctx):
             groups = self.inner.param_groups(ctx)
-        for reason in wrong_groups(groups):
-            self._complain("parameters", ctx, reason)
+        wrong = contract.wrong_groups(groups)
+        if wrong is None and not all(p.requires_grad for group in groups for p in group["params"]):
+            wrong = "it holds a frozen parameter"
+        if wrong:
+            self._complain("parameters", ctx, wrong)
         return groups
 
     def loss(self, ctx: StepContext, batch: Batch) -> dict[str, Tensor]:
@@ -213,25 +214,6 @@ def trainable(model: nn.Module) -> bool:
 
 def differ(a: Tensor, b: Tensor) -> bool:
     return a.shape != b.shape or not torch.equal(a, b)
-
-
-def wrong_groups(groups: Any) -> Iterator[str]:
-    """What is wrong with the optimiser groups."""
-    if not isinstance(groups, list) or not all(isinstance(group, dict) and "params" in group for group in groups):
-        yield 'param_groups must return a list of dicts with "params"'
-        return
-    seen: set[int] = set()
-    for group in groups:
-        if unknown := sorted(group.keys() - GROUP_KEYS):
-            yield f"a parameter group has the unknown key {unknown[0]!r} (known: {', '.join(sorted(GROUP_KEYS))})"
-        for parameter in group["params"]:
-            if not parameter.requires_grad:
-                yield "a parameter group holds a frozen parameter"
-            if id(parameter) in seen:
-                yield "a parameter stands in two groups, or twice in one"
-            seen.add(id(parameter))
-    if not seen:
-        yield "no parameter is trained"
 
 
 def surroundings() -> dict[str, tuple[Any, Callable[[Any], Any]]]:
