@@ -105,6 +105,11 @@ def test_list_names_the_built_in_parts_and_whose_they_are(cssbench: Cli, kind: s
     assert name in printed.out
 
 
+def test_a_recipe_is_listed_with_the_first_line_of_its_header(cssbench: Cli, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert "cssbench  MiB with ATM heads on ViT-B/16, ADE20K." in cssbench("list", "recipes").out
+
+
 def test_scenario_show_gives_exact_counts_and_digests(cssbench: Cli, camvid: Path):
     shown = json.loads(cssbench("scenario", "show", "camvid-6-5", "--data", camvid, "--json").out)
     assert [step["new"] for step in shown["steps"]] == [[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11]]

@@ -61,10 +61,12 @@ def _parts(group: str) -> tuple[Rows, list[str]]:
 
 def _files(group: str) -> tuple[Rows, list[str]]:
     rows, unreadable = [], []
-    for name, (distribution, _) in registry.toml_files(group).items():
+    for name, (distribution, file) in registry.toml_files(group).items():
         try:
             content = registry.read_toml(group, name)
-            rows.append((name, distribution, str(content.get("description") or content.get("note") or "")))
+            first = file.read_text(encoding="utf-8").partition("\n")[0]  # a recipe's header begins with what it is
+            heading = first.removeprefix("#").strip() if first.startswith("#") else content.get("note", "")
+            rows.append((name, distribution, str(content.get("description", heading))))
         except PluginError as error:
             unreadable.append(str(error))
     return rows, registry.toml_catalogue(group).complaints + unreadable
