@@ -1,0 +1,80 @@
+"""The conformance table: every installed method on every built-in model. Command:
+
+python bench/conformance.py --out docs/conformance.md
+"""
+
+from __future__ import annotations
+
+import argparse
+from importlib.metadata import version
+from pathlib import Path
+
+from cssbench import registry
+from cssbench.provenance import code_state
+from cssbench.testing import INVARIANTS, Finding, Refused, conformance
+
+MODELS = ("vit-linear", "deeplabv3", "segvit")
+
+
+def examine() -> dict[tuple[str, str], list[Finding] | str]:
+    """(method, model) -> findings, or the words with which the method refuses that model."""
+    found: dict[tuple[str, str], list[Finding] | str] = {}
+    for name in registry.parts("methods"):
+        for model in MODELS:
+            try:
+                found[name, model] = conformance(registry.load("methods", name), model=model)
+            except Refused as error:
+                found[name, model] = str(error)
+            print(name, model, _cell(found[name, model]), flush=True)
+    return found
+
+
+def _cell(result: list[Finding] | str) -> str:
+    if isinstance(result, str):
+        return "refused"
+    passed = sum(one.passed is True for one in result)
+    return f"{passed} of {len(result)}"
+
+
+def page(found: dict[tuple[str, str], list[Finding] | str]) -> str:
+    commit = code_state(Path(__file__).parents[1] / "cssbench")["commit"] or "unknown"
+    lines = [
+        "# Conformance of the installed methods",
+        "",
+        f"Written by `python bench/conformance.py --out docs/conformance.md` at commit {commit[:12]}. `cssbench check METHOD` "
+        "prints one method in full; [add-a-method.md](add-a-method.md) tells how to use the kit.",
+        "",
+        "| method | from | " + " | ".join(f"on `{model}`" for model in MODELS) + " |",
+        "|---|---|" + "---|" * len(MODELS),
+    ]
+    for name, part in registry.parts("methods").items():
+        cells = " | ".join(_cell(found[name, model]) for model in MODELS)
+        lines.append(f"| `{name}` | {part.distribution} {version(part.distribution)} | {cells} |")
+    notes = [f"- `{name}` on `{model}`: {result}" for (name, model), result in found.items() if isinstance(result, str)]
+    broken = [
+        f"- `{name}` on `{model}`, {one.name}: {one.reason}"
+        for (name, model), result in found.items()
+        if not isinstance(result, str)
+        for one in result
+        if one.passed is not True
+    ]
+    lines += ["", "Refused, by the method itself:", "", *notes] if notes else []
+    lines += ["", "Broken promises:", "", *broken] if broken else ["", "No promise is broken."]
+    lines += ["", "## The promises", "", "| promise | what it says |", "|---|---|"]
+    lines += [f"| {name} | {promise} |" for name, (promise, _) in INVARIANTS.items()]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    text = page(examine())
+    if arguments.out:
+        arguments.out.write_text(text, encoding="utf-8")
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()
