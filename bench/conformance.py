@@ -41,8 +41,8 @@ def page(found: dict[tuple[str, str], list[Finding] | str]) -> str:
     lines = [
         "# Conformance of the installed methods",
         "",
-        f"Written by `python bench/conformance.py --out docs/conformance.md` at commit {commit[:12]}. `cssbench check METHOD` "
-        "prints one method in full; [add-a-method.md](add-a-method.md) tells how to use the kit.",
+        f"Written by `python bench/conformance.py --out docs/conformance.md` at commit {commit[:12]}. "
+        "`cssbench check METHOD` prints one method in full; [add-a-method.md](add-a-method.md) tells how to use the kit.",
         "",
         "| method | from | " + " | ".join(f"on `{model}`" for model in MODELS) + " |",
         "|---|---|" + "---|" * len(MODELS),
