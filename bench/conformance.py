@@ -42,7 +42,7 @@ def page(found: dict[tuple[str, str], list[Finding] | str]) -> str:
         "# Conformance of the installed methods",
         "",
         f"Written by `python bench/conformance.py --out docs/conformance.md` at commit {commit[:12]}. "
-        "`cssbench check METHOD` prints one method in full; [add-a-method.md](add-a-method.md) tells how to use the kit.",
+        "`cssbench check METHOD` prints one method in full; how to use the kit: [add-a-method.md](add-a-method.md).",
         "",
         "| method | from | " + " | ".join(f"on `{model}`" for model in MODELS) + " |",
         "|---|---|" + "---|" * len(MODELS),
