@@ -9,11 +9,10 @@ choice is applied to the stored weights and the held-out images are evaluated ag
 
 from __future__ import annotations
 
-import argparse
-import csv
 from pathlib import Path
 
 import torch
+from rows import Row, main
 
 from cssbench import checkpoint, protocol
 from cssbench.baselines.segvit_cl import fit_scale, held_out_margins, prior_shift
@@ -66,7 +65,7 @@ def contexts(made: Experiment) -> list[StepContext]:
     return found
 
 
-def measure(folder: Path) -> list[dict[str, object]]:
+def measure(folder: Path) -> list[Row]:
     there = RunFolder.read(folder)
     if not there.finished or there.config.evaluate.split != "holdout":
         raise SystemExit(f"{folder} must be finished and evaluated on the holdout split.")
@@ -91,23 +90,8 @@ def measure(folder: Path) -> list[dict[str, object]]:
             | row
             | {"base lost to competition": round(base_alone - row["base"], 2)}
         )
-        print(rows[-1], flush=True)
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path)
-    parser.add_argument("--csv", type=Path)
-    arguments = parser.parse_args()
-    rows = [row for folder in arguments.runs for row in measure(folder)]
-    if arguments.csv:
-        arguments.csv.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.csv.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, measure)

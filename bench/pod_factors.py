@@ -10,9 +10,9 @@ tenth of step 1: what a factor has to bring into range where features are not Re
 
 from __future__ import annotations
 
-import argparse
-import csv
 from pathlib import Path
+
+from rows import Row, main
 
 from cssbench import protocol, scoring
 from cssbench.metrics import continual
@@ -21,7 +21,7 @@ from cssbench.results import RunFolder
 PROTOCOL = protocol.get("mmseg150@1")
 
 
-def measure(folder: Path) -> dict[str, object]:
+def measure(folder: Path) -> list[Row]:
     run = RunFolder.read(folder)
     if not run.finished or run.config.evaluate.split != "holdout":
         raise SystemExit(f"{folder} must be finished and evaluated on the holdout split.")
@@ -29,7 +29,7 @@ def measure(folder: Path) -> dict[str, object]:
     loss = dict(run.records()[1].content["loss"])
     pod = loss.pop("pod")
     scores = {name: steps[-1][name] for name in ("base", "incremental", "all")} | {"avg": continual.average(steps)}
-    return {
+    row = {
         "scenario": run.scenario["name"],
         "model": run.config.model.name,
         "images": run.provenance["data"]["evaluated_images"],
@@ -39,23 +39,8 @@ def measure(folder: Path) -> dict[str, object]:
         "pod / own": round(pod / sum(loss.values()), 3),
         "base after step 0": round(100 * (steps[0]["base"] or 0), 2),
     } | {name: round(100 * (value or 0), 2) for name, value in scores.items()}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path)
-    parser.add_argument("--csv", type=Path)
-    arguments = parser.parse_args()
-    rows = [measure(folder) for folder in arguments.runs]
-    for row in rows:
-        print(row)
-    if arguments.csv:
-        arguments.csv.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.csv.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+    return [row]
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, measure)
