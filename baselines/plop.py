@@ -17,6 +17,7 @@ from cssbench.losses.distill import pod_loss
 from cssbench.losses.pseudo import FLOOR, Arithmetic, adaptive_factor, pseudo_labels
 from cssbench.models.passes import uncertainty_thresholds
 from cssbench.models.pixel import PixelSegmenter, require_pixel_output
+from cssbench.models.segvit import SegViT
 
 
 class PLOP(Method):
@@ -64,7 +65,9 @@ class PLOP(Method):
         num_old, num_classes = old.shape[1], batch.output.pixel_logits.shape[1]
         labels = pseudo_labels(batch.labels, old, self.thresholds, num_classes, config.arithmetic)
         weight = adaptive_factor(batch.labels, labels, num_old, config.without_background) if config.adaptive else None
-        terms = ctx.model.loss(batch.output, labels, weight=weight)
+        # A rejected pixel is no label; ATM heads would take it for a negative of every mask.
+        left_out = {"ignore_mode": "masked"} if isinstance(ctx.model, SegViT) else {}
+        terms = ctx.model.loss(batch.output, labels, weight=weight, **left_out)
         new_maps, old_maps = batch.output.pod_maps(num_old), batch.previous.pod_maps(num_old)
         factors = [config.pod_factor] * (len(old_maps) - 1) + [config.pod_output_factor]
         options = (config.pod_scales, config.pod_reference, config.pod_normalise)

@@ -316,6 +316,20 @@ def test_plop_leaves_out_what_its_thresholds_reject():
     assert none == 0 < some < most
 
 
+@pytest.mark.parametrize("method", ["plop", "reminder"])
+def test_a_rejected_pixel_is_no_negative_of_a_mask(method: str):
+    ctx = second_step(made := make_method(method, adaptive=False), "segvit")
+    made.thresholds = torch.zeros(4)  # type: ignore[attr-defined]  # nothing of the background is accepted
+    labels = torch.zeros(2, 32, 32, dtype=torch.int64)
+    labels[:, :, 16:] = 4
+    batch = batch_of(ctx, labels)
+    masks = batch.output.final[-1][1].masks  # (B, 2, 4, 4) of the new head; class 4 is its first
+    terms = made.loss(ctx, batch)
+    (gradient,) = torch.autograd.grad(terms["focal"] + terms["dice"], masks, retain_graph=True)
+    assert gradient[:, 0, :, 0].abs().max() == 0  # the cells that are upsampled to rejected pixels alone
+    assert gradient[:, 0, :, 2:].abs().min() > 0
+
+
 @pytest.mark.parametrize(("without", "expected"), [(0.0, 0.0), (1.0, 1.0)])
 def test_plop_drops_an_image_without_background_unless_told(without: float, expected: float):
     ctx = second_step(made := make_method("plop", without_background=without))

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from cssbench.config import Section
-from cssbench.losses.mask import class_presence, mask_losses, presence_loss
+from cssbench.losses.mask import IgnoreMode, class_presence, mask_losses, presence_loss
 from cssbench.losses.pixel import full_precision
 from cssbench.models.atm import ATMConfig, ATMHead, MaskPrediction, head_width
 from cssbench.models.backbone import Backbone, BackboneConfig, to_map
@@ -108,7 +108,7 @@ class SegViT(Segmenter):
         absent_weight: float = Field(0.1, gt=0, description="class weight of 'absent' / 'no object'")
         focal_weight: float = Field(20.0, ge=0)
         dice_weight: float = Field(1.0, ge=0)
-        ignore_mode: Literal["negative", "masked"] = Field(
+        ignore_mode: IgnoreMode = Field(
             "negative", description="label 255 in the mask losses: negatives of every mask (public code), or left out"
         )
         background_query: bool = Field(
@@ -162,15 +162,17 @@ class SegViT(Segmenter):
         *,
         weight: Tensor | None = None,
         newest_only: bool = False,
+        ignore_mode: IgnoreMode | None = None,
     ) -> dict[str, Tensor]:
         """Sum over the heads that ran and their stages. A head none of whose classes occurs learns their absence.
 
-        absent_weight: instead of the model's own.
+        absent_weight, ignore_mode: instead of the model's own.
         weight: (B,) factor per image; mask losses pool the images of a batch, so the mean factor scales every term.
         newest_only: leave old heads out: their classes are not labelled at this step, which is not absence.
         """
         config = self.config
         absent_weight = config.absent_weight if absent_weight is None else absent_weight
+        ignore_mode = ignore_mode or config.ignore_mode
         total = {"class": labels.new_zeros((), dtype=torch.float32)}
         total |= {"focal": total["class"], "dice": total["class"]}
         pairs = list(zip(output.stages, self.positions, strict=True))
@@ -180,7 +182,7 @@ class SegViT(Segmenter):
             present = class_presence(labels, positions)
             num_masks = mean_over_processes(present.sum().float()).clamp(min=1)
             for prediction in stages:
-                focal, dice = mask_losses(prediction.masks, labels, present, positions, num_masks, config.ignore_mode)
+                focal, dice = mask_losses(prediction.masks, labels, present, positions, num_masks, ignore_mode)
                 total["class"] = total["class"] + presence_loss(prediction.classes, present, absent_weight)
                 total["focal"] = total["focal"] + config.focal_weight * focal
                 total["dice"] = total["dice"] + config.dice_weight * dice
