@@ -62,7 +62,7 @@ ROWS = [
     Row("SegViT v1 ViT-B, ADE20K", "thesis 4.1", 120.9, 120.88, "segvit", segvit(B)),
     Row("SegViT BEiTv2-B, ADE20K", "thesis 4.1", 120.9, None, "segvit", segvit(B), note="as a plain ViT-B, v1 head"),
     Row("SegViT v1 ViT-L, ADE20K", "thesis 4.1", 637.9, 637.87, "segvit", segvit(L), 640),
-    Row("SegViT BEiTv2-L, ADE20K", "thesis 4.1", 637.9, None, "segvit", segvit(L), 640, note="as a plain ViT-L, v1 head"),
+    Row("SegViT BEiTv2-L, ADE20K", "thesis 4.1", 637.9, None, "segvit", segvit(L), 640, note="plain ViT-L, v1 head"),
     Row("SegViT v2 BEiTv2-L, ADE20K", "thesis 4.1", 374.0, 373.60, "segvit", segvit(L, "v2"), product=True,
         note="as a plain ViT-L; BEiT's relative positions are not counted"),
     Row("ViT-L alone", "manuscript, text", 612.3, 610.66, "segvit", segvit(L), 640, part="encoder",
@@ -106,7 +106,7 @@ layers and matrix products (attention's too), LayerNorm (5 per element), batch n
 output element): the head's upsampling and one more resize of the scores to the image. Softmax, activations and sums are
 free. Two things differ from fvcore: it drops what no output depends on, here all that runs counts; and the public v2
 head writes P sigmoid(M) as an einsum, which counts (classes x crop^2), where ours is an element-wise product, which is
-free. The rows of v2 heads below add it. "Public code" is what the papers' code gave under the same rule, where it was run.
+free. The rows of v2 heads below add it. "Public code" is what the papers' code gave under the same rule.
 
 """
 

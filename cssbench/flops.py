@@ -63,7 +63,7 @@ def _rule(name: str) -> Rule | None:
 
 
 class FlopCounter(TorchDispatchMode):
-    """Context. `total[part]`: multiply-adds of what ran inside `with counter.part(name)`, the innermost; else "rest"."""
+    """Context. `total[part]`: multiply-adds of what ran inside `with counter.part(name)`, innermost; else "rest"."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """What a model costs: FLOPs and parameters per part, growth over the steps of a scenario, latency, memory.
 
 FLOPs are counted in a real forward pass to the scores, then one resize of the scores to the image's own size, as the
-papers' framework does (`cssbench.flops`). A model whose cost depends on the image is thereby counted as it ran; the mean
+papers' framework does (`cssbench.flops`). A model whose cost depends on the image is counted as it ran; the mean
 over images is reported. Models on the meta device are counted without weights or arithmetic.
 """
 
