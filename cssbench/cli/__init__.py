@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 import cssbench
-from cssbench.cli import check, data, listing, published, run, scenario, score
+from cssbench.cli import check, data, listing, profile, published, run, scenario, score
 from cssbench.errors import CssbenchError
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app.add_typer(data.app, name="data")
 run.register(app)
 listing.register(app)
 check.register(app)
+profile.register(app)
 score.register(app)
 published.register(app)
 

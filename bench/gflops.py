@@ -1,0 +1,139 @@
+"""Our GFLOPs against every published figure of a model that is here. Command:
+
+    python bench/gflops.py [--csv bench/results/gflops.csv] [--markdown docs/cost.md]
+
+Counted on the meta device, so the machine does not matter. A new model is a new entry of ROWS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from cssbench.profile import GIGA, build_model, count, cut_steps
+
+ViT = dict[str, Any]
+B: ViT = {"name": "vit_base_patch16_384"}
+L: ViT = {"name": "vit_large_patch16_384", "layers": [8, 16, 24]}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A published figure (`published`, GFLOPs; `reproduced`: the public code's, models.md section 8) and our model.
+
+    part: what the figure is of. product: add the public v2 head's einsum P sigmoid(M), classes x crop^2 multiply-adds,
+    which is a broadcast product here and free in the convention.
+    """
+
+    what: str
+    source: str
+    published: float
+    reproduced: float | None
+    model: str
+    options: dict[str, Any] = field(default_factory=dict)
+    size: int = 512
+    classes: int = 150
+    part: Literal["all", "encoder", "head 0"] = "all"
+    product: bool = False
+    note: str = ""
+
+    def ours(self) -> float:
+        """GFLOPs."""
+        model = build_model(self.model, self.options)
+        with torch.device("meta"):
+            model.grow(cut_steps(None, self.classes)[0])
+        cost = count(model.eval(), [torch.empty(1, 3, self.size, self.size, device="meta")])
+        flops = cost.gflops if self.part == "all" else cost.flops[self.part] / GIGA
+        return flops + (self.classes * self.size**2 / GIGA if self.product else 0)
+
+
+def segvit(vit: ViT, version: str = "v1", layers: list[int] | None = None) -> dict[str, Any]:
+    head = {"version": version, "heads": 16 if vit is L else 12}
+    return {"backbone": {**vit, **({"layers": layers} if layers else {})}, "head": head}
+
+
+ROWS = [
+    Row("SegViT v1 ViT-B, ADE20K", "thesis 4.1", 120.9, 120.88, "segvit", segvit(B)),
+    Row("SegViT BEiTv2-B, ADE20K", "thesis 4.1", 120.9, None, "segvit", segvit(B), note="as a plain ViT-B, v1 head"),
+    Row("SegViT v1 ViT-L, ADE20K", "thesis 4.1", 637.9, 637.87, "segvit", segvit(L), 640),
+    Row("SegViT BEiTv2-L, ADE20K", "thesis 4.1", 637.9, None, "segvit", segvit(L), 640, note="plain ViT-L, v1 head"),
+    Row("SegViT v2 BEiTv2-L, ADE20K", "thesis 4.1", 374.0, 373.60, "segvit", segvit(L, "v2"), product=True,
+        note="as a plain ViT-L; BEiT's relative positions are not counted"),
+    Row("ViT-L alone", "manuscript, text", 612.3, 610.66, "segvit", segvit(L), 640, part="encoder",
+        note="what the text counts beside the encoder is not said"),
+    Row("SegViT v1 ViT-L, COCO-Stuff10k", "thesis 4.2", 383.9, 383.90, "segvit", segvit(L), classes=171),
+    Row("SegViT BEiTv2-L, COCO-Stuff10k", "thesis 4.2", 388.2, None, "segvit", segvit(L), classes=171,
+        note="as a plain ViT-L, v1 head; which head, and BEiT's share, is not said"),
+    Row("SegViT v1 ViT-L, PASCAL-Context", "thesis 4.3", 321.6, 321.59, "segvit", segvit(L), 480, 59),
+    Row("SegViT BEiTv2-L, PASCAL-Context", "thesis 4.3", 329.7, None, "segvit", segvit(L), 480, 59,
+        note="as a plain ViT-L, v1 head; which head, and BEiT's share, is not said"),
+    Row("ATM, 1 stage, ViT-B", "thesis 4.7", 115.8, 115.77, "segvit", segvit(B, layers=[12])),
+    Row("ATM v2 head, ViT-B", "thesis 4.10", 6.89, 6.89, "segvit", segvit(B, "v2"), part="head 0", product=True),
+    Row("ATM v2 head, ViT-L", "thesis 4.10", 16.36, 16.15, "segvit", segvit(L, "v2"), 640, part="head 0", product=True,
+        note="the thesis' 16.36 is not reached by the public code either"),
+]  # fmt: skip
+
+
+def measure() -> Iterator[dict[str, object]]:
+    for row in ROWS:
+        ours = row.ours()
+        yield {
+            "what": row.what,
+            "source": row.source,
+            "crop": row.size,
+            "classes": row.classes,
+            "published": row.published,
+            "public_code": "" if row.reproduced is None else row.reproduced,
+            "ours": f"{ours:.2f}",
+            "difference_percent": f"{100 * (ours / row.published - 1):+.2f}",
+            "note": row.note,
+        }
+
+
+HEAD = """# What models cost
+
+Made by `python bench/gflops.py --csv bench/results/gflops.csv --markdown docs/cost.md`: change that, not this page.
+`cssbench profile MODEL` counts any model in the same way.
+
+GFLOPs of one image in the papers' convention, fvcore's: one multiply-add is one FLOP. Counted are convolutions, linear
+layers and matrix products (attention's too), LayerNorm (5 per element), batch norm (2) and bilinear resizing (4 per
+output element): the head's upsampling and one more resize of the scores to the image. Softmax, activations and sums are
+free. Two things differ from fvcore: it drops what no output depends on, here all that runs counts; and the public v2
+head writes P sigmoid(M) as an einsum, which counts (classes x crop^2), where ours is an element-wise product, which is
+free. The rows of v2 heads below add it. "Public code" is what the papers' code gave under the same rule.
+
+"""
+
+
+def markdown(rows: list[dict[str, object]]) -> str:
+    heads = ["model", "source", "crop", "classes", "published", "public code", "ours", "difference %", "note"]
+    lines = [heads, ["---"] * 2 + ["---:"] * 6 + ["---"], *([str(v) for v in row.values()] for row in rows)]
+    return HEAD + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--markdown", type=Path)
+    arguments = parser.parse_args()
+    rows = list(measure())
+    for row in rows:
+        print(row["what"], row["published"], row["ours"], row["difference_percent"])
+    if arguments.csv:
+        arguments.csv.parent.mkdir(parents=True, exist_ok=True)
+        with arguments.csv.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    if arguments.markdown:
+        arguments.markdown.write_text(markdown(rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

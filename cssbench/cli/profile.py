@@ -1,0 +1,164 @@
+"""`cssbench profile`: what a model costs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from cssbench.errors import ConfigError, UnknownNameError
+
+if TYPE_CHECKING:
+    from cssbench.models.segmenter import Segmenter
+    from cssbench.profile import Cost
+
+CONVENTION = "one multiply-add = 1 FLOP, as in the papers (fvcore); 2x: as two"
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(profile)
+
+
+def profile(
+    model: Annotated[str, typer.Argument(help="An installed model, or a recipe: its [model].")],
+    size: Annotated[
+        int | None, typer.Option(min=1, help="Side of the input, px; default: the recipe's crop, 512.")
+    ] = None,
+    classes: Annotated[int, typer.Option(min=1, help="Classes, where --steps names no scenario.")] = 150,
+    steps: Annotated[str | None, typer.Option(help="A scenario, or BASE-INCREMENT such as 100-10.")] = None,
+    changes: Annotated[list[str] | None, typer.Option("--set", help="Option: model.key=value. May repeat.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    timed: Annotated[bool, typer.Option("--latency", help="Measure time and memory too.")] = False,
+    device: Annotated[str, typer.Option(help="Where --latency and --data run: cpu or cuda.")] = "cpu",
+    data: Annotated[Path | None, typer.Option(help="Data root: count on real images, and take the mean.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Data set of --data.")] = None,
+    images: Annotated[int, typer.Option(min=1, help="Validation images of --data.")] = 8,
+) -> None:
+    """FLOPs and parameters per part, and their growth over steps; on request latency and memory."""
+    if (data is None) != (dataset is None):
+        raise ConfigError("--data ROOT and --dataset NAME belong together: give both or neither.")
+    name, options, crop = _chosen(model, changes or [])
+    side = size or crop
+    from cssbench import profile as costs
+
+    real = data is not None
+    made = costs.build_model(name, options, _device(device) if real else "meta")
+    cut = costs.cut_steps(steps, classes)
+    inputs = _images(made, str(data), str(dataset), images, side, device) if real else _empty(side)
+    found = costs.growth(made, cut, inputs)
+    result: dict[str, Any] = {"model": name, "size": side, "convention": CONVENTION}
+    result["steps"] = [
+        {"step": step.index, "classes": len(step.seen), **cost.to_dict()} for step, cost in zip(cut, found, strict=True)
+    ]
+    if timed:
+        result["latency"] = _latency(name, options, cut, side, _device(device))
+    if as_json:
+        typer.echo(json.dumps(result, indent=1))
+    else:
+        _show(result, found)
+
+
+def _chosen(name: str, changes: list[str]) -> tuple[str, dict[str, Any], int]:
+    """Installed model, its options, side of the crop. Raises UnknownNameError, ConfigError."""
+    from cssbench import config, registry
+
+    content: dict[str, Any] = {"model": {"name": name}}
+    if name not in registry.parts("models"):
+        if not name.endswith(".toml") and name not in registry.toml_files("recipes"):
+            known = [*registry.parts("models"), *registry.toml_files("recipes")]
+            raise UnknownNameError("model or recipe", name, known)
+        content = config.read_recipe(name)
+    for change in changes:
+        if not change.strip().startswith("model."):
+            raise ConfigError(f"cssbench profile --set takes model.key=value, not {change!r}.")
+    content = config.override(content, changes)
+    options = dict(content.get("model", {}))
+    if "name" not in options:
+        raise ConfigError(f"Recipe {name!r} names no model: it has no model.name.")
+    return options.pop("name"), options, content.get("augment", {}).get("crop", 512)
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name not in ("cpu", "cuda") or (name == "cuda" and not torch.cuda.is_available()):
+        raise ConfigError(f"--device {name} is not there. Choose cpu, or cuda on a machine with a GPU.")
+    return name
+
+
+def _empty(side: int) -> list[Any]:
+    import torch
+
+    return [torch.empty(1, 3, side, side, device="meta")]
+
+
+def _images(made: Segmenter, root: str, dataset: str, limit: int, side: int, device: str) -> list[Any]:
+    """The first validation images, short side and centre crop `side`, normalised for the model."""
+    from cssbench.data import transforms
+    from cssbench.data.registry import make_dataset
+
+    source = make_dataset(dataset, root)
+    found = []
+    for stem in source.stems("val")[:limit]:
+        picture = transforms.to_tensor(source.image("val", stem))
+        picture = transforms.resize(picture, transforms.short_side_size(picture.shape[-2:], side))
+        picture = transforms.centre_crop(picture, side)
+        found.append(transforms.normalise(picture, made.pixel_mean, made.pixel_std)[None].to(device))
+    return found
+
+
+def _latency(name: str, options: dict[str, Any], cut: Any, side: int, device: str) -> dict[str, Any]:
+    """Median time of one image after the first step and after the last, in turns; random weights and image."""
+    import torch
+
+    from cssbench import profile as costs
+
+    image, runs = torch.rand(1, 3, side, side, device=device), {}
+    for last in sorted({0, len(cut) - 1}):
+        made = costs.build_model(name, options, device)
+        for step in cut[: last + 1]:
+            made.grow(step)
+        made.eval()
+        runs[f"after step {last}"] = lambda made=made: costs.scores(made, image)
+    with torch.no_grad():
+        seconds = costs.latency(runs)
+    where = torch.device(device)
+    measured = {"seconds": seconds, "peak_memory_bytes": costs.peak_memory(where), "device": costs.machine(where)}
+    return {**measured, "batch_size": 1, "torch": torch.__version__}
+
+
+def _show(result: dict[str, Any], found: list[Cost]) -> None:
+    console = Console(highlight=False, markup=False)
+    last = found[-1]
+    about = f"{result['model']} at {result['size']} px, {result['steps'][-1]['classes']} classes"
+    mean = f", mean of {last.images} images" if last.images > 1 else ""
+    console.print(f"{about}{mean}; {result['convention']}", soft_wrap=True)
+    table = _table("part", "GFLOPs", "2x", "M parameters")
+    for part in last.parts:
+        flops = last.flops.get(part, 0) / 1e9
+        table.add_row(part, f"{flops:.2f}", f"{2 * flops:.2f}", f"{last.parameters.get(part, 0) / 1e6:.2f}")
+    table.add_row("all", f"{last.gflops:.2f}", f"{2 * last.gflops:.2f}", f"{last.num_parameters / 1e6:.2f}")
+    console.print(table)
+    if len(found) > 1:
+        table = _table("after step", "classes", "GFLOPs", "M parameters")
+        for row in result["steps"]:
+            numbers = (f"{row['gflops']:.2f}", f"{row['parameters'] / 1e6:.2f}")
+            table.add_row(str(row["step"]), str(row["classes"]), *numbers)
+        console.print(table)
+    if "latency" in result:
+        measured = result["latency"]
+        for name, seconds in measured["seconds"].items():
+            console.print(f"{name}: {1000 * seconds:.1f} ms, median, one image ({measured['device']})")
+        console.print(f"peak memory: {measured['peak_memory_bytes'] / 2**20:.0f} MiB")
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(box=None, header_style="bold")
+    table.add_column(first)
+    for heading in others:
+        table.add_column(heading, justify="right")
+    return table

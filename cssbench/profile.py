@@ -1,0 +1,205 @@
+"""What a model costs: FLOPs and parameters per part, growth over the steps of a scenario, latency, memory.
+
+FLOPs are counted in a real forward pass to the scores, then one resize of the scores to the image's own size, as the
+papers' framework does (`cssbench.flops`). A model whose cost depends on the image is counted as it ran; the mean
+over images is reported. Models on the meta device are counted without weights or arithmetic.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cssbench import config, registry, scenario
+from cssbench.errors import ConfigError, ModelError
+from cssbench.flops import FlopCounter, counting
+from cssbench.models.segmenter import Segmenter, count_parameters
+from cssbench.scenario import Step
+
+GIGA = 1e9
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Per part: `flops` (multiply-adds of one image, mean over `images`) and `parameters`.
+
+    Parts: "encoder" (the child `backbone`), other children that are not heads by their name, "head 0", "head 1", ...,
+    "rest" (outside any module), "resize" (the last resize of the scores, or of what is shown, to the image).
+    """
+
+    flops: dict[str, float]
+    parameters: dict[str, int]
+    images: int = 1
+
+    @property
+    def gflops(self) -> float:
+        """Of the whole, in 10^9 multiply-adds: the papers' GFLOPs."""
+        return sum(self.flops.values()) / GIGA
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(self.parameters.values())
+
+    @property
+    def parts(self) -> list[str]:
+        return list(dict.fromkeys([*self.parameters, *self.flops]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; `gflops_2x` counts a multiply-add as two."""
+        parts = {
+            part: {"gflops": self.flops.get(part, 0) / GIGA, "parameters": self.parameters.get(part, 0)}
+            for part in self.parts
+        }
+        total = {"gflops": self.gflops, "gflops_2x": 2 * self.gflops, "parameters": self.num_parameters}
+        return {**total, "images": self.images, "parts": parts}
+
+
+def build_model(name: str, options: dict[str, Any] | None = None, device: str = "meta") -> Segmenter:
+    """The installed model `name`, not grown yet, in eval mode. On "meta" it has no weights: `pretrained` and
+    `checkpoint` of its backbone are not looked at. Raises UnknownNameError, PluginError, ConfigError, ModelError."""
+    options = dict(options or {})
+    backbone = options.get("backbone")
+    if device == "meta" and isinstance(backbone, dict):
+        options["backbone"] = {key: value for key, value in backbone.items() if key not in ("pretrained", "checkpoint")}
+    cls = registry.load("models", name)
+    settings = config.part_config("model", config.PartChoice(name=name, **options), cls.Config)
+    with torch.device(device):
+        return cls(settings).eval()
+
+
+def cut_steps(text: str | None, classes: int) -> tuple[Step, ...]:
+    """The steps named: "100-10" cuts `classes` classes into 100 and then tens; else an installed scenario, or a path to
+    one. None: all classes at once. Raises ConfigError, UnknownNameError, ScenarioError."""
+    if text is None:
+        return (Step(0, tuple(range(1, classes + 1)), ()),)
+    base, dash, increment = text.partition("-")
+    if not (dash and base.isdecimal() and increment.isdecimal()):
+        return tuple(scenario.load(text).steps)
+    first, each = int(base), int(increment)
+    if not (0 < first <= classes and each > 0 and (classes - first) % each == 0):
+        raise ConfigError(
+            f"--steps {text} does not cut {classes} classes: expected BASE-INCREMENT with BASE + k x INCREMENT = "
+            f"{classes}. Change it, or --classes."
+        )
+    ends = [first, *range(first + each, classes + 1, each)]
+    starts = [0, *ends[:-1]]
+    return tuple(
+        Step(i, tuple(range(a + 1, b + 1)), tuple(range(1, a + 1)))
+        for i, (a, b) in enumerate(zip(starts, ends, strict=True))
+    )
+
+
+def model_parts(model: Segmenter) -> dict[str, nn.Module]:
+    """Modules by the name of their part."""
+    parts = {
+        "encoder" if name == "backbone" else name: child
+        for name, child in model.named_children()
+        if child is not model.heads
+    }
+    return parts | {f"head {number}": head for number, head in enumerate(model.heads)}
+
+
+@contextmanager
+def _attributed(model: Segmenter, counter: FlopCounter) -> Iterator[None]:
+    """While it lasts, what a part's modules do counts as the part's: their forward, and a head's `scores`."""
+    with ExitStack() as undo:
+        for part, whole in model_parts(model).items():
+            for module in whole.modules():
+                before = module.register_forward_pre_hook(lambda *_, part=part: counter.enter(part))
+                undo.callback(before.remove)
+                after = module.register_forward_hook(lambda *_: counter.leave(), always_call=True)
+                undo.callback(after.remove)
+                method = getattr(module, "scores", None)
+                if callable(method):
+                    object.__setattr__(module, "scores", counter.part(part)(method))
+                    undo.callback(object.__delattr__, module, "scores")
+        yield
+
+
+def scores(model: Segmenter, image: Tensor) -> Tensor:
+    """(B, C, H, W): what a forward pass is timed and counted up to."""
+    return model(image).scores
+
+
+def count(model: Segmenter, images: Iterable[Tensor]) -> Cost:
+    """Cost of one image, the mean over `images`, (1, 3, H, W) each on the model's device; the model in eval mode.
+
+    Raises ModelError when a model on the meta device needs the values of an image to know what to do.
+    """
+    total: Counter[str] = Counter()
+    seen = 0
+    for image in images:
+        with counting() as counter, _attributed(model, counter):
+            try:
+                made = scores(model, image)
+            except (NotImplementedError, RuntimeError) as error:
+                if image.device.type != "meta":
+                    raise
+                raise ModelError(
+                    f"What {type(model).__name__} computes depends on the image, so that it cannot be counted without "
+                    f"one ({str(error).partition(chr(10))[0]}). Count it on images: --data ROOT --dataset NAME."
+                ) from error
+            with counter.part("resize"):
+                F.interpolate(made, size=image.shape[-2:], mode="bilinear", align_corners=False)
+        total.update(counter.total)
+        seen += 1
+    parameters = {part: count_parameters(module) for part, module in model_parts(model).items()}
+    own = sum(parameter.numel() for parameter in model.parameters(recurse=False))
+    return Cost(
+        {part: value / seen for part, value in total.items()}, parameters | ({"rest": own} if own else {}), seen
+    )
+
+
+def growth(model: Segmenter, steps: Sequence[Step], images: Sequence[Tensor]) -> list[Cost]:
+    """Cost after each step. The model, not grown yet, is grown through all of them."""
+    costs = []
+    for step in steps:
+        with images[0].device:
+            model.grow(step)
+        model.eval()
+        costs.append(count(model, images))
+    return costs
+
+
+def latency(runs: dict[str, Callable[[], Any]], repeats: int = 9, warm_up: int = 2) -> dict[str, float]:
+    """Median seconds of each of `runs`, which take turns, so that a machine's slow minute falls on all of them."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(warm_up + repeats):
+        for name, run in runs.items():
+            _synchronise()
+            start = time.perf_counter()
+            run()
+            _synchronise()
+            if turn >= warm_up:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that was allocated on a GPU, or the largest resident size of this process so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def machine(device: torch.device) -> str:
+    """What times and memory were measured on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
