@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cssbench import config, registry, scenario
+from cssbench.data import transforms
+from cssbench.data.registry import make_dataset
 from cssbench.errors import ConfigError, ModelError
 from cssbench.flops import FlopCounter, counting
 from cssbench.models.segmenter import Segmenter, count_parameters
@@ -203,3 +206,44 @@ def machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads"
+
+
+def usable_device(name: str) -> str:
+    """`name`. Raises ConfigError unless it is "cpu", or "cuda" on a machine that has it."""
+    if name not in ("cpu", "cuda") or (name == "cuda" and not torch.cuda.is_available()):
+        raise ConfigError(f"--device {name} is not there. Choose cpu, or cuda on a machine with a GPU.")
+    return name
+
+
+def no_image(side: int) -> list[Tensor]:
+    """One input of side x side px on the meta device: shapes without values."""
+    return [torch.empty(1, 3, side, side, device="meta")]
+
+
+def images(made: Segmenter, root: str, dataset: str, limit: int, side: int, device: str) -> list[Tensor]:
+    """The first validation images, short side and centre crop `side`, normalised for the model."""
+    source = make_dataset(dataset, root)
+    found = []
+    for stem in source.stems("val")[:limit]:
+        picture = transforms.to_tensor(source.image("val", stem))
+        picture = transforms.resize(picture, transforms.short_side_size(picture.shape[-2:], side))
+        picture = transforms.centre_crop(picture, side)
+        found.append(transforms.normalise(picture, made.pixel_mean, made.pixel_std)[None].to(device))
+    return found
+
+
+def step_latency(name: str, options: dict[str, Any], cut: Sequence[Step], side: int, device: str) -> dict[str, Any]:
+    """Median time of one image after the first step and after the last, in turns; random weights and image."""
+    image = torch.rand(1, 3, side, side, device=device)
+    runs: dict[str, Callable[[], Any]] = {}
+    for last in sorted({0, len(cut) - 1}):
+        made = build_model(name, options, device)
+        for step in cut[: last + 1]:
+            made.grow(step)
+        made.eval()
+        runs[f"after step {last}"] = partial(scores, made, image)
+    with torch.no_grad():
+        seconds = latency(runs)
+    where = torch.device(device)
+    measured = {"seconds": seconds, "peak_memory_bytes": peak_memory(where), "device": machine(where)}
+    return {**measured, "batch_size": 1, "torch": torch.__version__}

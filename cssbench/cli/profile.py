@@ -13,7 +13,6 @@ from rich.table import Table
 from cssbench.errors import ConfigError, UnknownNameError
 
 if TYPE_CHECKING:
-    from cssbench.models.segmenter import Segmenter
     from cssbench.profile import Cost
 
 CONVENTION = "one multiply-add = 1 FLOP, as in the papers (fvcore); 2x: as two"
@@ -46,16 +45,16 @@ def profile(
     from cssbench import profile as costs
 
     real = data is not None
-    made = costs.build_model(name, options, _device(device) if real else "meta")
+    made = costs.build_model(name, options, costs.usable_device(device) if real else "meta")
     cut = costs.cut_steps(steps, classes)
-    inputs = _images(made, str(data), str(dataset), images, side, device) if real else _empty(side)
+    inputs = costs.images(made, str(data), str(dataset), images, side, device) if real else costs.no_image(side)
     found = costs.growth(made, cut, inputs)
     result: dict[str, Any] = {"model": name, "size": side, "convention": CONVENTION}
     result["steps"] = [
         {"step": step.index, "classes": len(step.seen), **cost.to_dict()} for step, cost in zip(cut, found, strict=True)
     ]
     if timed:
-        result["latency"] = _latency(name, options, cut, side, _device(device))
+        result["latency"] = costs.step_latency(name, options, cut, side, costs.usable_device(device))
     if as_json:
         typer.echo(json.dumps(result, indent=1))
     else:
@@ -80,55 +79,6 @@ def _chosen(name: str, changes: list[str]) -> tuple[str, dict[str, Any], int]:
     if "name" not in options:
         raise ConfigError(f"Recipe {name!r} names no model: it has no model.name.")
     return options.pop("name"), options, content.get("augment", {}).get("crop", 512)
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name not in ("cpu", "cuda") or (name == "cuda" and not torch.cuda.is_available()):
-        raise ConfigError(f"--device {name} is not there. Choose cpu, or cuda on a machine with a GPU.")
-    return name
-
-
-def _empty(side: int) -> list[Any]:
-    import torch
-
-    return [torch.empty(1, 3, side, side, device="meta")]
-
-
-def _images(made: Segmenter, root: str, dataset: str, limit: int, side: int, device: str) -> list[Any]:
-    """The first validation images, short side and centre crop `side`, normalised for the model."""
-    from cssbench.data import transforms
-    from cssbench.data.registry import make_dataset
-
-    source = make_dataset(dataset, root)
-    found = []
-    for stem in source.stems("val")[:limit]:
-        picture = transforms.to_tensor(source.image("val", stem))
-        picture = transforms.resize(picture, transforms.short_side_size(picture.shape[-2:], side))
-        picture = transforms.centre_crop(picture, side)
-        found.append(transforms.normalise(picture, made.pixel_mean, made.pixel_std)[None].to(device))
-    return found
-
-
-def _latency(name: str, options: dict[str, Any], cut: Any, side: int, device: str) -> dict[str, Any]:
-    """Median time of one image after the first step and after the last, in turns; random weights and image."""
-    import torch
-
-    from cssbench import profile as costs
-
-    image, runs = torch.rand(1, 3, side, side, device=device), {}
-    for last in sorted({0, len(cut) - 1}):
-        made = costs.build_model(name, options, device)
-        for step in cut[: last + 1]:
-            made.grow(step)
-        made.eval()
-        runs[f"after step {last}"] = lambda made=made: costs.scores(made, image)
-    with torch.no_grad():
-        seconds = costs.latency(runs)
-    where = torch.device(device)
-    measured = {"seconds": seconds, "peak_memory_bytes": costs.peak_memory(where), "device": costs.machine(where)}
-    return {**measured, "batch_size": 1, "torch": torch.__version__}
 
 
 def _show(result: dict[str, Any], found: list[Cost]) -> None:
