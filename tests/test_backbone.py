@@ -118,6 +118,20 @@ def test_register_tokens_are_prefix_tokens_too(prefix_tokens):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(("prefix_tokens", "number"), [("drop", 0), ("keep", 1)])
+def test_embedded_tokens_are_patches_and_positions(prefix_tokens, number):
+    backbone = randomise(make(prefix_tokens=prefix_tokens))
+    vit, x = backbone.vit, images(24, 32)
+    tokens = backbone.embed(x)
+    position = resized(vit.pos_embed[:, 1:], (4, 4), (3, 4))
+    torch.testing.assert_close(tokens[:, number:], vit.patch_embed.proj(x).flatten(2).transpose(1, 2) + position)
+    assert (tokens.shape, backbone.prefix) == ((2, 12 + number, 24), number)
+    for block in backbone.blocks:
+        tokens = block(tokens)
+    assert torch.equal(tokens[:, number:], backbone(x)[-1])
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (16, 16), (24, 56), (16, 64)])
 def test_position_embeddings_are_resized_to_the_input(height, width):
     """16 x 64 px has the 16 tokens of 32 x 32 px, but another grid."""

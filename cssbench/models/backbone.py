@@ -49,9 +49,11 @@ class BackboneConfig(Section):
 class Backbone(nn.Module):
     """images (B, 3, H, W), H and W multiples of the patch -> list of (B, L, C) token maps of `layers`, in that order.
 
-    Attributes: `width` C, `patch` px, `pixel_mean`, `pixel_std`. Raises ModelError on an unknown name, a model that is
-    not a plain ViT, a tap out of range, a checkpoint that is missing, unsafe or of another model, or an input that is
-    not a multiple of the patch.
+    Attributes: `width` C, `patch` px, `prefix` tokens in front of the patches' within the blocks, `pixel_mean`,
+    `pixel_std`. Models that change what runs between blocks use two parts of `forward`: `embed(images)`, tokens as they
+    enter block 1, and `blocks`, timm's modules up to the last tap.
+    Raises ModelError on an unknown name, a model that is not a plain ViT, a tap out of range, a checkpoint that is
+    missing, unsafe or of another model, or an input that is not a multiple of the patch.
     """
 
     def __init__(self, config: BackboneConfig):
@@ -77,6 +79,7 @@ class Backbone(nn.Module):
         default: Any = self.vit.pretrained_cfg
         self.pixel_mean = tuple(config.mean or default.get("mean") or (0.5,) * 3)
         self.pixel_std = tuple(config.std or default.get("std") or (0.5,) * 3)
+        self.prefix = self.vit.num_prefix_tokens if config.prefix_tokens == "keep" else 0
         if config.prefix_tokens == "drop":
             for token in (self.vit.cls_token, self.vit.reg_token):
                 if token is not None:
@@ -91,18 +94,24 @@ class Backbone(nn.Module):
             )
         return height // self.patch, width // self.patch
 
-    def forward(self, images: Tensor) -> list[Tensor]:
-        self.grid(*images.shape[-2:])
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """timm's block modules up to the last tap; each maps tokens (B, L, C) to tokens of the same shape."""
+        return self.vit.blocks  # type: ignore[return-value]
+
+    def embed(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, L, C): tokens as they enter block 1, prefix tokens in front where they are kept."""
+        self.grid(images.shape[-2], images.shape[-1])
         vit = self.vit
         tokens = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
-        prefix = vit.num_prefix_tokens
-        if self.config.prefix_tokens == "drop":
-            tokens, prefix = tokens[:, prefix:], 0
-        taps = []
-        for number, block in enumerate(vit.blocks, 1):
+        return tokens[:, vit.num_prefix_tokens - self.prefix :]
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        tokens, taps = self.embed(images), []
+        for number, block in enumerate(self.blocks, 1):
             tokens = block(tokens)
             if number in self.config.layers:
-                taps.append(tokens[:, prefix:])
+                taps.append(tokens[:, self.prefix :])
         return taps
 
 

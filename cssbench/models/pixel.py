@@ -41,7 +41,9 @@ class PixelOutput(SegOutput):
 
 
 class PixelSegmenter(Segmenter):
-    """An encoder (`embed`) and 1x1 heads side by side. A subclass has `width` (D) and sets `config.reduction`.
+    """An encoder (`embed`) and one head per step, side by side: a 1x1 convolution unless a subclass makes another.
+
+    A subclass has `width` (D) and sets `config.reduction`.
 
     `skip_frozen_heads` has no effect: the softmax needs every head's output.
     """
@@ -55,7 +57,12 @@ class PixelSegmenter(Segmenter):
 
     def grow(self, step: Step) -> None:
         outputs = len(step.new) + (step.index == 0)
-        self.heads.append(nn.Conv2d(self.width, outputs, 1).to(next(self.parameters()).device))
+        self.heads.append(self.make_head(outputs).to(next(self.parameters()).device))
+
+    def make_head(self, outputs: int) -> nn.Module:
+        """A step's head: (B, D, h, w) -> (B, outputs, h, w). One that is not a single 1x1 convolution replaces
+        `init_from_background` too."""
+        return nn.Conv2d(self.width, outputs, 1)
 
     def forward(self, images: Tensor) -> PixelOutput:
         taps = self.embed(images)

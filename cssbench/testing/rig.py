@@ -26,6 +26,7 @@ ORDER = [2, 6, 3, 8, 5, 1, 7, 4]  # the commonest first, so that later steps lea
 VIT = {"name": "vit_tiny_patch16_224", "image_size": SIDE, "patch": 8, "width": 32, "depth": 2, "heads": 2}
 TINY: dict[str, dict[str, Any]] = {
     "vit-linear": {"backbone": {**VIT, "layers": [1, 2], "drop_path": 0.0}},
+    "setr-naive": {"backbone": {**VIT, "layers": [1, 2], "drop_path": 0.0}, "head_width": 16},
     "deeplabv3": {"backbone": {"name": "resnet10t"}, "width": 16, "dilations": [1, 2]},
     "segvit": {
         "backbone": {**VIT, "layers": [1, 2], "drop_path": 0.0},
