@@ -73,6 +73,8 @@ ROWS = [
     Row("SegViT v1 ViT-L, PASCAL-Context", "thesis 4.3", 321.6, 321.59, "segvit", segvit(L), 480, 59),
     Row("SegViT BEiTv2-L, PASCAL-Context", "thesis 4.3", 329.7, None, "segvit", segvit(L), 480, 59,
         note="as a plain ViT-L, v1 head; which head, and BEiT's share, is not said"),
+    Row("SETR-naive, ViT-B", "thesis 4.7", 107.3, 107.24, "setr-naive", {"backbone": {**B, "layers": [12]}},
+        note="ours has background as a 151st output and a last LayerNorm"),
     Row("ATM, 1 stage, ViT-B", "thesis 4.7", 115.8, 115.77, "segvit", segvit(B, layers=[12])),
     Row("ATM v2 head, ViT-B", "thesis 4.10", 6.89, 6.89, "segvit", segvit(B, "v2"), part="head 0", product=True),
     Row("ATM v2 head, ViT-L", "thesis 4.10", 16.36, 16.15, "segvit", segvit(L, "v2"), 640, part="head 0", product=True,

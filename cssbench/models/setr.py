@@ -37,6 +37,8 @@ class SETRNaive(LinearViT):
 
         head_width: PositiveInt = 256
 
+    config: Config
+
     def make_head(self, outputs: int) -> nn.Module:
         return NaiveHead(self.width, self.config.head_width, outputs)
 
