@@ -130,7 +130,7 @@ class ATMHead(nn.Module):
         self.register_buffer("class_shift", torch.zeros(num_classes))
         self.class_scale: Tensor
         self.class_shift: Tensor
-        self.apply(lambda module: _init(module, config.init_std))
+        self.apply(lambda module: init_linear(module, config.init_std))
 
     def forward(self, taps: list[Tensor], grid: tuple[int, int]) -> list[MaskPrediction]:
         """taps: (B, L, C) token maps, shallow first -> one prediction per stage, the last one for inference."""
@@ -185,7 +185,7 @@ def head_width(config: ATMConfig, encoder_width: int) -> int:
     return width
 
 
-def _init(module: nn.Module, std: float) -> None:
+def init_linear(module: nn.Module, std: float) -> None:
     """Every Linear, self-attention's output too: truncated normal, zero bias. The rest keeps PyTorch's: LayerNorm 1/0,
     class tokens N(0, 1), fused q/k/v weights of self-attention Xavier. As in the public code."""
     if isinstance(module, nn.Linear):

@@ -32,6 +32,13 @@ TINY: dict[str, dict[str, Any]] = {
         "backbone": {**VIT, "layers": [1, 2], "drop_path": 0.0},
         "head": {"width": 16, "heads": 2, "layers": 1, "init_std": 0.1},
     },
+    "shrunk": {
+        "backbone": {**VIT, "layers": [2], "drop_path": 0.0},
+        "head": {"width": 16, "heads": 2, "layers": 1, "init_std": 0.1},
+        "down_layer": 1,
+        "upsample_layers": 1,
+        "upsample_queries": "bicubic",  # the kit feeds inputs that are not square
+    },
 }
 
 

@@ -1,0 +1,132 @@
+"""Fewer tokens inside a plain ViT, and all of them back: query-based down- and up-sampling (QD, QU), ragged blocks.
+
+Source: SegViT (Zhang et al. 2022), section 3.3 and its public code; thesis section 4.2.2, Table 4.9.
+Shapes: B images, L tokens on an h x w grid, C encoder width, d decoder width. Ragged tokens of B images are one tensor
+(n_1 + ... + n_B, C) and their `counts` [n_1, ..., n_B]: an image attends to its own tokens only.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cssbench.errors import ModelError
+from cssbench.models.atm import ATMConfig, ATMStage, init_linear
+from cssbench.models.backbone import to_map
+
+QueryForm = Literal["tied", "bicubic"]
+
+
+def sparse_grid(grid: tuple[int, int], device: torch.device | None = None) -> Tensor:
+    """(L,) bool: the tokens of even rows and even columns, ceil(h/2) x ceil(w/2) of them (nearest 2x2)."""
+    rows, columns = (torch.arange(side, device=device) % 2 == 0 for side in grid)
+    return (rows[:, None] & columns).flatten()
+
+
+def subsample(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The tokens of `sparse_grid`, by strides: (B, L, C) -> (B, ceil(h/2) ceil(w/2), C), contiguous."""
+    return tokens.unflatten(1, grid)[:, ::2, ::2].flatten(1, 2).contiguous()
+
+
+def half(grid: tuple[int, int]) -> tuple[int, int]:
+    """The grid of `sparse_grid`."""
+    return (grid[0] + 1) // 2, (grid[1] + 1) // 2
+
+
+class ConvDown(nn.Module):
+    """Stride-2 2x2 convolution of the tokens, the learnable variant of Table 4.9; odd sides repeat their last row.
+
+    (B, L, C) -> (B, ceil(h/2) ceil(w/2), C). Its output is the query before LN1 and the residual (not stated).
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 2, stride=2)
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        padded = F.pad(to_map(tokens, grid), (0, grid[1] % 2, 0, grid[0] % 2), mode="replicate")
+        return self.conv(padded).flatten(2).transpose(1, 2).contiguous()
+
+
+def query_block(block: Any, queries: Tensor, tokens: Tensor) -> Tensor:
+    """A timm ViT block whose queries are not all tokens: (B, n, C), (B, L, C) -> (B, n, C), with the block's weights.
+
+    Query = LN1(queries), key = value = LN1(tokens), residual = `queries` as they are. With `queries` = `tokens` it is
+    the block itself.
+    """
+    attended = _attend(block.attn, block.norm1(queries), block.norm1(tokens))
+    x = queries + block.drop_path1(block.ls1(attended))
+    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+
+def ragged_block(block: Any, queries: Tensor, counts: list[int], tokens: Tensor | None = None) -> Tensor:
+    """The block on ragged `queries`, which attend to each other, or to their image's of `tokens` (B, L, C).
+
+    Norms and MLP run on all images at once, attention and drop path per image. -> ragged, as `queries`.
+    """
+    normed = block.norm1(queries)
+    parts = normed.split(counts)
+    keys = parts if tokens is None else block.norm1(tokens).unbind()
+    attended = [_attend(block.attn, q[None], k[None])[0] for q, k in zip(parts, keys, strict=True)]
+    x = queries + _per_image(block.drop_path1, block.ls1(torch.cat(attended)), counts)
+    return x + _per_image(block.drop_path2, block.ls2(block.mlp(block.norm2(x))), counts)
+
+
+def _per_image(drop_path: nn.Module, x: Tensor, counts: list[int]) -> Tensor:
+    if isinstance(drop_path, nn.Identity) or not drop_path.training:
+        return x
+    return torch.cat([drop_path(part[None])[0] for part in x.split(counts)])
+
+
+def _attend(attention: Any, queries: Tensor, tokens: Tensor) -> Tensor:
+    """timm's self-attention as cross-attention: (B, n, C), (B, L, C), both normed -> (B, n, C)."""
+    weight, bias, width = attention.qkv.weight, attention.qkv.bias, attention.num_heads * attention.head_dim
+    q = F.linear(queries, weight[:width], None if bias is None else bias[:width])
+    k, v = F.linear(tokens, weight[width:], None if bias is None else bias[width:]).chunk(2, -1)
+    q, k, v = (x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
+    dropout = attention.attn_drop.p if attention.training else 0.0
+    x = F.scaled_dot_product_attention(attention.q_norm(q), attention.k_norm(k), v, dropout_p=dropout)
+    x = x.transpose(1, 2).flatten(2)
+    return attention.proj_drop(attention.proj(getattr(attention, "norm", nn.Identity())(x)))
+
+
+class QueryUpsampler(nn.Module):
+    """QU: one learnable query per 1/16 position reads the shallow tap, then the tokens that are left.
+
+    Each tap has its own projection C -> d, LayerNorm and standard decoder layers: self-attention over all positions,
+    cross-attention, FFN, post-norm. The queries belong to the crop that they were made for (public code); `bicubic`
+    resizes them to other grids, like position embeddings. They start from N(0, 1).
+    """
+
+    def __init__(self, encoder_width: int, width: int, grid: tuple[int, int], config: ATMConfig, form: QueryForm):
+        super().__init__()
+        config = config.model_copy(update={"version": "v1"})
+        self.grid, self.form = grid, form
+        self.queries = nn.Parameter(torch.randn(grid[0] * grid[1], width))
+        self.stages = nn.ModuleList(ATMStage(encoder_width, width, config) for _ in range(2))
+        self.apply(lambda module: init_linear(module, config.init_std))
+
+    def forward(self, shallow: Tensor, deep: list[Tensor], grid: tuple[int, int]) -> Tensor:
+        """shallow: (B, L, C). deep: one (b, n, C) per group of images, in order; the b sum to B. -> (B, L, d).
+
+        Raises ModelError on a grid that is not the queries' own, unless they may be resized.
+        """
+        queries = self._resized(grid).repeat(len(shallow), 1, 1)
+        queries, _ = self.stages[0](queries, shallow)
+        parts = queries.split([len(tokens) for tokens in deep])
+        return torch.cat([self.stages[1](part, tokens)[0] for part, tokens in zip(parts, deep, strict=True)])
+
+    def _resized(self, grid: tuple[int, int]) -> Tensor:
+        if grid == self.grid:
+            return self.queries
+        if self.form == "tied":
+            raise ModelError(
+                f"The queries of the up-sampling were made for a grid of {self.grid[0]}x{self.grid[1]} tokens, not "
+                f"{grid[0]}x{grid[1]}. Use inputs of model.backbone.image_size (slide inference), or set "
+                "model.upsample_queries = 'bicubic'."
+            )
+        cells = to_map(self.queries[None], self.grid)
+        return F.interpolate(cells, size=grid, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)[0]

@@ -1,0 +1,216 @@
+"""Shrunk: SegViT on an encoder that goes on with a quarter of its tokens, or with those and the ones at edges.
+
+Source: Zhang et al. 2022, section 3.3, and its public code; thesis section 4.2.2. Down-sampling keeps the pre-trained
+weights of the ViT as they are (`cssbench.models.shrink`); up-sampling restores the 1/16 grid for a single ATM stage,
+every layer of which is supervised. Everything but the ATM belongs to the encoder: later steps grow an ATM alone, and
+SegViT-CL freezes the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, NonNegativeInt, PositiveInt
+from torch import Tensor, nn
+
+from cssbench.errors import ModelError
+from cssbench.losses.mask import IgnoreMode
+from cssbench.models.atm import ATMConfig, ATMHead, ATMLayer, MaskPrediction, head_width, init_linear
+from cssbench.models.backbone import BackboneConfig, to_map
+from cssbench.models.edges import EdgeConfig, EdgeHead, edge_loss, edge_truth, predicted_edges
+from cssbench.models.segmenter import autograd_off
+from cssbench.models.segvit import MaskOutput, SegViT
+from cssbench.models.shrink import (
+    ConvDown,
+    QueryForm,
+    QueryUpsampler,
+    half,
+    query_block,
+    ragged_block,
+    sparse_grid,
+    subsample,
+)
+from cssbench.scenario import Step
+
+
+@dataclass
+class ShrunkOutput(MaskOutput):
+    """edges: (B, L, 2) logits of the edge head, or None without EQD. kept: (B,) tokens after down-sampling."""
+
+    edges: Tensor | None = None
+    kept: Tensor | None = None
+
+
+class ShrunkHead(ATMHead):
+    """A single ATM stage without projection on the up-sampled tokens (B, L, d); one prediction per layer, not summed.
+
+    The last one is for inference (public code).
+    """
+
+    def __init__(self, num_classes: int, encoder_width: int, config: ATMConfig):
+        super().__init__(num_classes, encoder_width, 0, config)
+        width = head_width(config, encoder_width)
+        self.layers = nn.ModuleList(ATMLayer(width, config) for _ in range(config.layers))
+        self.layers.apply(lambda module: init_linear(module, config.init_std))
+
+    def forward(self, taps: list[Tensor], grid: tuple[int, int]) -> list[MaskPrediction]:
+        queries = self.tokens.weight.repeat(len(taps[0]), 1, 1)
+        outputs = []
+        for layer in self.layers:
+            queries, similarity = layer(queries, taps[0])
+            outputs.append(MaskPrediction(similarity.unflatten(2, grid), self.classifier(queries)))
+        return outputs
+
+
+class Shrunk(SegViT):
+    """Options in `Config`. Loss: that of SegViT, and at step 0 the edge loss of EQD."""
+
+    class Config(SegViT.Config):
+        """The options of SegViT, except that `backbone.layers` is the last block alone.
+
+        Table 4.9: `down_on = "query"` with `down_by = "nearest"` is the paper's, with `"conv"` its learnable variant;
+        `"all"` down-samples query, key and value, which is the plain block on down-sampled tokens: the naive form.
+        """
+
+        backbone: BackboneConfig = BackboneConfig(layers=[12])
+        down_layer: NonNegativeInt = Field(6, description="0-based block that down-samples: 6 for ViT-B, 8 for ViT-L")
+        down_on: Literal["query", "all"] = "query"
+        down_by: Literal["nearest", "conv"] = "nearest"
+        edges: EdgeConfig | None = Field(None, description="EQD: tokens at edges are kept beside the 2x2 grid")
+        upsample: bool = Field(True, description="query-based up-sampling (QU); without it masks are of 1/32")
+        upsample_layers: PositiveInt = Field(3, description="decoder layers of QU per tap")
+        upsample_queries: QueryForm = Field(
+            "tied", description="QU's queries at other grids than image_size's: refused (public code), or resized"
+        )
+
+    def __init__(self, config: Shrunk.Config):
+        super().__init__(config)
+        self.config: Shrunk.Config
+        self._check()
+        width = self.backbone.width
+        self.down = ConvDown(width) if config.down_by == "conv" else None
+        self.edge_head = EdgeHead(width) if config.edges else None
+        self.upsampler = None
+        if config.upsample:
+            side = config.backbone.image_size
+            layers = config.head.model_copy(update={"layers": config.upsample_layers})
+            grid = self.backbone.grid(side, side)
+            self.upsampler = QueryUpsampler(
+                width, head_width(config.head, width), grid, layers, config.upsample_queries
+            )
+
+    def _check(self) -> None:
+        config, depth = self.config, len(self.backbone.vit.blocks)
+        if len(config.backbone.layers) != 1:
+            raise ModelError(
+                f"model.backbone.layers is {list(config.backbone.layers)}; model 'shrunk' reads the last block and the "
+                f"one before model.down_layer. Give the last block alone, such as [{depth}]."
+            )
+        if config.down_layer >= depth:
+            raise ModelError(f"model.down_layer is {config.down_layer}; expected 0 to {depth - 1}, a block of the ViT.")
+        if config.backbone.prefix_tokens != "drop":
+            raise ModelError("Model 'shrunk' drops class and register tokens: set model.backbone.prefix_tokens='drop'.")
+        if config.edges and not config.upsample:
+            raise ModelError("model.edges keeps tokens off any grid; only model.upsample = true restores one.")
+        if config.edges and (config.down_on, config.down_by) != ("query", "nearest"):
+            raise ModelError("model.edges needs model.down_on = 'query' and model.down_by = 'nearest'.")
+        if any(not hasattr(block, "ls1") for block in self.backbone.vit.blocks):
+            raise ModelError(
+                f"The blocks of {config.backbone.name!r} cannot be down-sampled: expected those of a plain ViT "
+                "(norm, attention, norm, MLP), such as 'vit_base_patch16_384'."
+            )
+
+    def grow(self, step: Step) -> None:
+        """Also freezes the edge head after step 0: a later step labels its own classes only, hides all other edges."""
+        super().grow(step)
+        if self.upsampler is not None:
+            head = ShrunkHead(len(self.positions[-1]), self.backbone.width, self.config.head)
+            self.heads[-1] = head.to(next(self.parameters()).device)
+        if self.edge_head is not None and step.index > 0:
+            self.edge_head.requires_grad_(False)
+
+    def forward(self, images: Tensor, edges: Tensor | None = None) -> ShrunkOutput:
+        """edges: (B, L) bool, tokens to keep beside the grid instead of the predicted ones (teacher forcing)."""
+        size = (images.shape[-2], images.shape[-1])
+        grid = self.backbone.grid(*size)
+        with autograd_off(self.is_frozen(self.backbone)):
+            shallow, deep, logits = self._encode(images, grid, edges)
+            if self.upsampler is not None:
+                final, final_grid = self.upsampler(shallow, deep, grid), grid
+            else:
+                final, final_grid = deep[0], half(grid)
+        skip = self.training and self.skip_frozen_heads
+        stages: list[list[MaskPrediction] | None] = []
+        for head in self.heads:
+            frozen = self.is_frozen(head)
+            with autograd_off(frozen):
+                stages.append(None if frozen and skip else head([final], final_grid))
+        features = [to_map(shallow, grid), to_map(final, final_grid)]
+        kept = torch.tensor([tokens.shape[1] for tokens in deep for _ in tokens])
+        heads: list[ATMHead] = list(self.heads)  # type: ignore[arg-type]
+        options = (self.has_background, self.config.pixel_form)
+        return ShrunkOutput(size, features, stages, heads, *options, edges=logits, kept=kept)
+
+    def _encode(
+        self, images: Tensor, grid: tuple[int, int], edges: Tensor | None
+    ) -> tuple[Tensor, list[Tensor], Tensor | None]:
+        """-> tokens before the down-sampling (B, L, C); tokens of the last block, all images (B, n, C) in one item or
+        each (1, n, C) in its own; edge logits."""
+        tokens, blocks = self.backbone.embed(images).contiguous(), self.backbone.blocks
+        logits = None if self.edge_head is None else self.edge_head(tokens)
+        number = self.config.down_layer
+        for block in blocks[:number]:
+            tokens = block(tokens)
+        first, later = blocks[number], blocks[number + 1 :]
+        if logits is not None:
+            assert self.config.edges is not None
+            edges = predicted_edges(logits, self.config.edges.threshold) if edges is None else edges
+            keep = sparse_grid(grid, tokens.device) | edges
+            counts: list[int] = keep.sum(1).tolist()
+            x = ragged_block(first, tokens[keep], counts, tokens)
+            for block in later:
+                x = ragged_block(block, x, counts)
+            return tokens, [part[None] for part in x.split(counts)], logits
+        x = subsample(tokens, grid) if self.down is None else self.down(tokens, grid)
+        x = query_block(first, x, tokens) if self.config.down_on == "query" else first(x)
+        for block in later:
+            x = block(x)
+        return tokens, [x], None
+
+    def loss(
+        self,
+        output: MaskOutput,
+        labels: Tensor,
+        absent_weight: float | None = None,
+        *,
+        weight: Tensor | None = None,
+        newest_only: bool = False,
+        ignore_mode: IgnoreMode | None = None,
+    ) -> dict[str, Tensor]:
+        """As SegViT's; with EQD and one head also `edge`."""
+        terms = super().loss(
+            output, labels, absent_weight, weight=weight, newest_only=newest_only, ignore_mode=ignore_mode
+        )
+        edges = self.config.edges
+        if edges is not None and len(self.heads) == 1:
+            assert isinstance(output, ShrunkOutput)
+            assert output.edges is not None
+            truth = edge_truth(labels, self.backbone.patch, edges.truth)
+            factor = 1.0 if weight is None else weight.mean()
+            terms["edge"] = edges.weight * factor * edge_loss(output.edges, truth)
+        return terms
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """As of every model, but what is not the ViT (QU, edge head, convolution) learns at the head rate, as in the
+        public code, where up-sampling is part of the decoder."""
+        own = [m for m in (self.upsampler, self.edge_head, self.down) if m is not None]
+        moved = {id(p) for module in own for p in module.parameters() if p.requires_grad}
+        groups = super().param_groups()
+        found = [p for group in groups for p in group["params"] if id(p) in moved]
+        for group in groups:
+            group["params"] = [p for p in group["params"] if id(p) not in moved]
+            if group.get("head"):
+                group["params"] = [*found, *group["params"]]
+        return [group for group in groups if group["params"]]
