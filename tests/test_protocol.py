@@ -286,7 +286,7 @@ def test_protocol_show_and_list(command):
 
 
 RESULTS = Path(__file__).parents[1] / "reports" / "results"
-SHOWN = (RESULTS / "camvid-6-1/runs/camvid-6-1-segvit-cl", RESULTS / "synthetic-10-5/runs/segvit-cl")
+SHOWN = (RESULTS / "camvid-6-1/runs/segvit-cl", RESULTS / "synthetic-10-5/runs/segvit-cl-atm-s0")
 
 
 def after_last_step(name: str, folder: Path) -> list[float]:
