@@ -8,13 +8,14 @@ Counted on the meta device, so the machine does not matter. A new model is a new
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from rows import Row as Line
+from rows import write_csv
 
 from cssbench.profile import GIGA, build_model, count, cut_steps
 
@@ -93,7 +94,7 @@ ROWS = [
 ]  # fmt: skip
 
 
-def measure() -> Iterator[dict[str, object]]:
+def measure() -> Iterator[Line]:
     for row in ROWS:
         ours = row.ours()
         yield {
@@ -124,7 +125,7 @@ free. The rows of v2 heads below add it. "Public code" is what the papers' code 
 """
 
 
-def markdown(rows: list[dict[str, object]]) -> str:
+def markdown(rows: list[Line]) -> str:
     heads = ["model", "source", "crop", "classes", "published", "public code", "ours", "difference %", "note"]
     lines = [heads, ["---"] * 2 + ["---:"] * 6 + ["---"], *([str(v) for v in row.values()] for row in rows)]
     return HEAD + "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -139,11 +140,7 @@ def main() -> None:
     for row in rows:
         print(row["what"], row["published"], row["ours"], row["difference_percent"])
     if arguments.csv:
-        arguments.csv.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.csv.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(rows, arguments.csv)
     if arguments.markdown:
         arguments.markdown.write_text(markdown(rows), encoding="utf-8")
 

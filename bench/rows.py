@@ -22,8 +22,13 @@ def main(description: str | None, measure: Callable[[Path], list[Row]]) -> None:
             print(row, flush=True)
             rows.append(row)
     if arguments.csv:
-        arguments.csv.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.csv.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(rows, arguments.csv)
+
+
+def write_csv(rows: list[Row], path: Path) -> None:
+    """The rows under the keys of the first one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
