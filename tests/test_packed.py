@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from timm.layers import LayerNorm
+from timm.layers import Attention, LayerNorm
 from timm.models.beit import Block as BeitBlock
 from timm.models.vision_transformer import Block
 
@@ -83,6 +83,13 @@ def test_pack_refuses(tokens, shape, kind):
 def test_all_tokens_are_the_block_itself(tokens, options, attention):
     module = block(**options)
     out = run_block(module, pack(tokens, ragged(L, L, L)), attention=attention)
+    torch.testing.assert_close(unpack(out, L), module(tokens), atol=1e-6, rtol=1e-5)
+
+
+def test_gated_attention(tokens):
+    module = block()
+    module.attn = Attention(C, 2, qkv_bias=True, gated=True).eval()
+    out = run_block(module, pack(tokens, ragged(L, L, L)))
     torch.testing.assert_close(unpack(out, L), module(tokens), atol=1e-6, rtol=1e-5)
 
 

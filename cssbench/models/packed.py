@@ -156,9 +156,9 @@ def _attend_padded(q: Tensor, k: Tensor, v: Tensor, queries: Packed, keys: Packe
     if min(keys.counts) < max(keys.counts):
         mask = torch.arange(max(keys.counts), device=q.device) < keys.offsets.diff()[:, None]
         mask = (mask | ~mask.any(1, keepdim=True))[:, None, None]  # an empty image: no softmax over nothing
-    padded = (_pad(x, layout).transpose(1, 2) for x, layout in ((q, queries), (k, keys), (v, keys)))
-    mixed = F.scaled_dot_product_attention(*padded, attn_mask=mask, dropout_p=dropout).transpose(1, 2)
-    return mixed[queries.image, queries.slot]
+    q, k, v = (_pad(x, layout).transpose(1, 2) for x, layout in ((q, queries), (k, keys), (v, keys)))
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    return mixed.transpose(1, 2)[queries.image, queries.slot]
 
 
 def _pad(x: Tensor, layout: Packed) -> Tensor:
