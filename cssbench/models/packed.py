@@ -156,12 +156,12 @@ def _attend_padded(q: Tensor, k: Tensor, v: Tensor, queries: Packed, keys: Packe
     if min(keys.counts) < max(keys.counts):
         mask = torch.arange(max(keys.counts), device=q.device) < keys.offsets.diff()[:, None]
         mask = (mask | ~mask.any(1, keepdim=True))[:, None, None]  # an empty image: no softmax over nothing
-    q, k, v = (_pad(x, layout).transpose(1, 2) for x, layout in ((q, queries), (k, keys), (v, keys)))
+    q, k, v = (pad(x, layout).transpose(1, 2) for x, layout in ((q, queries), (k, keys), (v, keys)))
     mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     return mixed.transpose(1, 2)[queries.image, queries.slot]
 
 
-def _pad(x: Tensor, layout: Packed) -> Tensor:
+def pad(x: Tensor, layout: Packed) -> Tensor:
     """(T, ...) -> (B, largest n_b, ...), zero behind each image's tokens."""
     longest = max(layout.counts)
     if min(layout.counts) == longest:
