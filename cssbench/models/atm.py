@@ -18,12 +18,16 @@ from torch import Tensor, nn
 from cssbench.config import Section
 from cssbench.errors import ModelError
 from cssbench.losses.pixel import full_precision
+from cssbench.models.packed import Packed, key_mask, pad
 
 
 class ATMConfig(Section):
     """Options of an ATM head."""
 
     version: Literal["v1", "v2"] = "v2"
+    self_attention: bool | None = Field(
+        None, description="among class tokens; None: as the version (v1 yes, v2 no). DToP's heads: v2 with it"
+    )
     width: PositiveInt | None = Field(None, description="d; None: half the encoder's width")
     heads: PositiveInt = Field(12, description="attention heads: 12 for ViT-B, 16 for ViT-L in the public code")
     layers: PositiveInt = Field(3, description="decoder layers per stage")
@@ -53,19 +57,31 @@ class CrossAttention(nn.Module):
         self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, queries: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """queries (B, N, d), tokens (B, L, d) -> context (B, N, d), similarity (B, N, L)."""
-        q, k, v = (self._split(x) for x in (self.q(queries), self.k(tokens), self.v(tokens)))
+    def forward(self, queries: Tensor, tokens: Tensor, layout: Packed | None = None) -> tuple[Tensor, Tensor]:
+        """queries (B, N, d), tokens (B, L, d) -> context (B, N, d), similarity (B, N, L).
+
+        With a layout, tokens are (T, d) as it packs them, each image has one at least, and similarity is (T, N).
+        """
+        k, v = self.k(tokens), self.v(tokens)
+        if layout is not None:
+            k, v = pad(k, layout), pad(v, layout)
+        q, k, v = (self._split(x) for x in (self.q(queries), k, v))
         similarity = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
-        context = self.dropout(similarity.softmax(-1)) @ v
-        return self.out(context.transpose(1, 2).flatten(2)), similarity.mean(1)
+        weights = similarity
+        if layout is not None and min(layout.counts) < max(layout.counts):
+            weights = similarity.masked_fill(~key_mask(layout)[:, None, None], -torch.inf)
+        context = self.dropout(weights.softmax(-1)) @ v
+        similarity = similarity.mean(1)
+        if layout is not None:
+            similarity = similarity.transpose(1, 2)[layout.image, layout.slot]
+        return self.out(context.transpose(1, 2).flatten(2)), similarity
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class ATMLayer(nn.Module):
-    """Post-norm decoder layer: (self-attention, v1 only) -> cross-attention -> FFN of 4d with ReLU.
+    """Post-norm decoder layer: (self-attention, in v1) -> cross-attention -> FFN of 4d with ReLU.
 
     Inputs must be contiguous: for others PyTorch picks the kernel of a linear by whether its weight requires grad, and
     freezing a head would move its output in the last bit. For the same reason self-attention gets (N, B, d), not
@@ -75,7 +91,7 @@ class ATMLayer(nn.Module):
     def __init__(self, width: int, config: ATMConfig):
         super().__init__()
         self.self_attention = None
-        if config.version == "v1":
+        if config.version == "v1" if config.self_attention is None else config.self_attention:
             self.self_attention = nn.MultiheadAttention(width, config.heads, config.dropout)
             self.self_norm = nn.LayerNorm(width)
         self.cross_attention = CrossAttention(width, config.heads, config.dropout)
@@ -85,12 +101,12 @@ class ATMLayer(nn.Module):
         )
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, queries: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, queries: Tensor, tokens: Tensor, layout: Packed | None = None) -> tuple[Tensor, Tensor]:
         if self.self_attention is not None:
             turned = queries.transpose(0, 1).contiguous()
             mixed = self.self_attention(turned, turned, turned, need_weights=False)[0].transpose(0, 1)
             queries = self.self_norm(queries + self.dropout(mixed))
-        context, similarity = self.cross_attention(queries, tokens)
+        context, similarity = self.cross_attention(queries, tokens, layout)
         queries = self.cross_norm(queries + self.dropout(context))
         return self.ffn_norm(queries + self.dropout(self.ffn(queries))), similarity
 
@@ -103,11 +119,11 @@ class ATMStage(nn.Module):
         self.project, self.norm = nn.Linear(encoder_width, width), nn.LayerNorm(width)
         self.layers = nn.ModuleList(ATMLayer(width, config) for _ in range(config.layers))
 
-    def forward(self, queries: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, queries: Tensor, tokens: Tensor, layout: Packed | None = None) -> tuple[Tensor, Tensor]:
         tokens = self.norm(self.project(tokens.contiguous()))
         similarity = tokens.new_zeros(())
         for layer in self.layers:
-            queries, similarity = layer(queries, tokens)
+            queries, similarity = layer(queries, tokens, layout)
         return queries, similarity
 
 
@@ -157,10 +173,13 @@ class ATMHead(nn.Module):
         v2: P[c] sigmoid(M[c]). v1: sum over queries q of P[q, c] sigmoid(M[q]).
         """
         logits = F.interpolate(full_precision(prediction.masks), size=size, mode="bilinear", align_corners=False)
-        probability = self.class_probabilities(prediction.classes)
+        return self.combine(self.class_probabilities(prediction.classes), logits.sigmoid())
+
+    def combine(self, probability: Tensor, masks: Tensor) -> Tensor:
+        """(B, N, H, W): class probabilities, as `class_probabilities` gives them, times masks (B, N, H, W) in [0, 1]."""
         if self.version == "v2":
-            return probability[..., None, None] * logits.sigmoid()
-        return torch.einsum("bqc,bqhw->bchw", probability, logits.sigmoid())
+            return probability[..., None, None] * masks
+        return torch.einsum("bqc,bqhw->bchw", probability, masks)
 
     def class_maps(self, prediction: MaskPrediction, size: tuple[int, int]) -> Tensor:
         """(B, N, H, W) logits: raw class logits times mask probabilities, for per-pixel losses (as CoMFormer's ports).

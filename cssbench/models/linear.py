@@ -56,10 +56,14 @@ class LinearViT(PixelSegmenter):
         """(B, 3, H, W) -> one (B, D, H/patch, W/patch) map per tap; the last one after the final norm."""
         grid = self.backbone.grid(images.shape[-2], images.shape[-1])
         with autograd_off(self.is_frozen(self.backbone)):
-            *early, last = self.backbone(images)
-            if self.config.taps == "normalised":
-                early = [F.layer_norm(tap, tap.shape[-1:]) for tap in early]
-            return [to_map(tap, grid) for tap in (*early, self.norm(last))]
+            return [to_map(tap, grid) for tap in self.finish(self.backbone(images))]
+
+    def finish(self, taps: list[Tensor]) -> list[Tensor]:
+        """Taps (B, L, D) as POD compares them, the last one after the final norm."""
+        *early, last = taps
+        if self.config.taps == "normalised":
+            early = [F.layer_norm(tap, tap.shape[-1:]) for tap in early]
+        return [*early, self.norm(last)]
 
     def no_decay_names(self) -> set[str]:
         return {f"backbone.vit.{name}" for name in ("pos_embed", "cls_token", "reg_token")}

@@ -154,11 +154,16 @@ def _attend_padded(q: Tensor, k: Tensor, v: Tensor, queries: Packed, keys: Packe
     """(T_q, heads, head width) -> same shape, all images in one call."""
     mask = None
     if min(keys.counts) < max(keys.counts):
-        mask = torch.arange(max(keys.counts), device=q.device) < keys.offsets.diff()[:, None]
+        mask = key_mask(keys)
         mask = (mask | ~mask.any(1, keepdim=True))[:, None, None]  # an empty image: no softmax over nothing
     q, k, v = (pad(x, layout).transpose(1, 2) for x, layout in ((q, queries), (k, keys), (v, keys)))
     mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     return mixed.transpose(1, 2)[queries.image, queries.slot]
+
+
+def key_mask(layout: Packed) -> Tensor:
+    """(B, largest n_b) bool: which places of a padded tensor hold a token."""
+    return torch.arange(max(layout.counts), device=layout.offsets.device) < layout.offsets.diff()[:, None]
 
 
 def pad(x: Tensor, layout: Packed) -> Tensor:

@@ -132,12 +132,14 @@ class SegViT(Segmenter):
         self.positions: list[range] = []
 
     def grow(self, step: Step) -> None:
-        taps = len(self.config.backbone.layers)
         first, last = step.new_positions.start, step.new_positions.stop
         positions = range(0 if step.index == 0 and self.has_background else first, last)
-        head = ATMHead(len(positions), self.backbone.width, taps, self.config.head)
-        self.heads.append(head.to(next(self.parameters()).device))
+        self.heads.append(self.make_head(len(positions)).to(next(self.parameters()).device))
         self.positions.append(positions)
+
+    def make_head(self, num_classes: int) -> ATMHead:
+        """A step's head."""
+        return ATMHead(num_classes, self.backbone.width, len(self.config.backbone.layers), self.config.head)
 
     def forward(self, images: Tensor) -> MaskOutput:
         size = (images.shape[-2], images.shape[-1])
@@ -179,19 +181,34 @@ class SegViT(Segmenter):
         for stages, positions in pairs[-1:] if newest_only else pairs:
             if stages is None:
                 continue
-            present = class_presence(labels, positions)
-            num_masks = mean_over_processes(present.sum().float()).clamp(min=1)
-            for prediction in stages:
-                focal, dice = mask_losses(prediction.masks, labels, present, positions, num_masks, ignore_mode)
-                total["class"] = total["class"] + presence_loss(prediction.classes, present, absent_weight)
-                total["focal"] = total["focal"] + config.focal_weight * focal
-                total["dice"] = total["dice"] + config.dice_weight * dice
+            found = atm_terms(stages, labels, positions, absent_weight, ignore_mode)
+            total["class"] = total["class"] + found["class"]
+            total["focal"] = total["focal"] + config.focal_weight * found["focal"]
+            total["dice"] = total["dice"] + config.dice_weight * found["dice"]
         if weight is not None:
             total = {name: value * weight.mean().to(value) for name, value in total.items()}
         return total
 
     def no_decay_names(self) -> set[str]:
         return {f"backbone.vit.{name}" for name in ("pos_embed", "cls_token", "reg_token")}
+
+
+def atm_terms(
+    predictions: list[MaskPrediction],
+    labels: Tensor,
+    positions: range,
+    absent_weight: float,
+    ignore_mode: IgnoreMode = "negative",
+) -> dict[str, Tensor]:
+    """class, focal, dice of one head, unweighted, each summed over its predictions (thesis eq. 4.4)."""
+    terms = dict.fromkeys(("class", "focal", "dice"), labels.new_zeros((), dtype=torch.float32))
+    present = class_presence(labels, positions)
+    num_masks = mean_over_processes(present.sum().float()).clamp(min=1)
+    for prediction in predictions:
+        focal, dice = mask_losses(prediction.masks, labels, present, positions, num_masks, ignore_mode)
+        presence = presence_loss(prediction.classes, present, absent_weight)
+        terms = {"class": terms["class"] + presence, "focal": terms["focal"] + focal, "dice": terms["dice"] + dice}
+    return terms
 
 
 def mean_over_processes(value: Tensor) -> Tensor:

@@ -42,17 +42,22 @@ class SETRNaive(LinearViT):
     def make_head(self, outputs: int) -> nn.Module:
         return NaiveHead(self.width, self.config.head_width, outputs)
 
-    @torch.no_grad()
     def init_from_background(self) -> None:
         """MiB's start of a step: the newest head copies step 0's hidden layer, and its N classes share background's
         probability evenly with it. In eval mode the probability of every old class stays what it was."""
         first, newest = self.heads[0], self.heads[-1]
         assert isinstance(first, NaiveHead)
         assert isinstance(newest, NaiveHead)
-        newest.hidden.load_state_dict(first.hidden.state_dict())
-        newest.norm.load_state_dict(first.norm.state_dict())
-        old, new = first.classifier.state_dict(), newest.classifier.state_dict()  # views of the parameters
-        weight, bias, background = balanced_init(old["weight"][0], old["bias"][0], len(new["bias"]))
-        new["weight"].copy_(weight)
-        new["bias"].copy_(bias)
-        old["bias"][0] = background
+        share_background(first, newest)
+
+
+@torch.no_grad()
+def share_background(first: NaiveHead, newest: NaiveHead) -> None:
+    """`newest` gets the hidden layer of `first`, and an even share of its background (MiB)."""
+    newest.hidden.load_state_dict(first.hidden.state_dict())
+    newest.norm.load_state_dict(first.norm.state_dict())
+    old, new = first.classifier.state_dict(), newest.classifier.state_dict()  # views of the parameters
+    weight, bias, background = balanced_init(old["weight"][0], old["bias"][0], len(new["bias"]))
+    new["weight"].copy_(weight)
+    new["bias"].copy_(bias)
+    old["bias"][0] = background

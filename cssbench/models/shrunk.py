@@ -125,11 +125,13 @@ class Shrunk(SegViT):
     def grow(self, step: Step) -> None:
         """Also freezes the edge head after step 0: a later step labels its own classes only, hides all other edges."""
         super().grow(step)
-        if self.upsampler is not None:
-            head = ShrunkHead(len(self.positions[-1]), self.backbone.width, self.config.head)
-            self.heads[-1] = head.to(next(self.parameters()).device)
         if self.edge_head is not None and step.index > 0:
             self.edge_head.requires_grad_(False)
+
+    def make_head(self, num_classes: int) -> ATMHead:
+        if self.upsampler is None:
+            return super().make_head(num_classes)
+        return ShrunkHead(num_classes, self.backbone.width, self.config.head)
 
     def forward(self, images: Tensor, edges: Tensor | None = None) -> ShrunkOutput:
         """edges: (B, L) bool, tokens to keep beside the grid instead of the predicted ones (teacher forcing)."""
