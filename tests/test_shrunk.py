@@ -175,6 +175,26 @@ def test_no_edge_is_plain_down_sampling_and_all_edges_the_whole_image():
     torch.testing.assert_close(torch.cat(found[1]), tokens, atol=1e-4, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_depths_are_the_blocks_that_each_token_went_through():
+    """Three blocks; block 1 down-samples: one block for dropped tokens. At block 0 with edges: none."""
+    x = images(2)
+    grid = [[3, 1, 3, 1], [1, 1, 1, 1]] * 2
+    for options in ({}, {"down_by": "conv"}, {"down_on": "all"}, {"upsample": False}):
+        depths = make(**options)(x).depths
+        assert depths.dtype == torch.int64
+        assert depths.tolist() == [grid, grid]
+    edges = torch.zeros(2, 16, dtype=torch.bool)
+    edges[1, [1, 15]] = True
+    plain = [[3, 0, 3, 0], [0, 0, 0, 0], [3, 0, 3, 0], [0, 0, 0, 0]]
+    kept = [[3, 3, 3, 0], [0, 0, 0, 0], [3, 0, 3, 0], [0, 0, 0, 3]]
+    assert make(**EQD)(x, edges).depths.tolist() == [plain, kept]
+    model = with_edges(make(**EQD))
+    output = model(x)
+    assert (output.depths == 3).flatten(1).sum(1).tolist() == output.kept.tolist()
+    assert make(cls=SegViT)(x).depths is None
+
+
 def test_gradients_reach_the_edge_head_from_its_loss_alone():
     model = make(**EQD).train()
     labels = torch.zeros(3, 32, 32, dtype=torch.long)

@@ -20,10 +20,15 @@ from cssbench.scenario import Step
 
 @dataclass
 class SegOutput:
-    """Output of one forward pass. `size` is the input's (H, W); `features` are (B, D, h, w) maps, shallow first."""
+    """Output of one forward pass. `size` is the input's (H, W); `features` are (B, D, h, w) maps, shallow first.
+
+    depths: (B, h, w) int64 on the token grid, the number of encoder blocks that each cell's token went through as a
+    query of its own; None: a model whose tokens all go through every block.
+    """
 
     size: tuple[int, int]
     features: list[Tensor] = field(default_factory=list)
+    depths: Tensor | None = field(default=None, kw_only=True)
 
     @cached_property
     def scores(self) -> Tensor:

@@ -153,7 +153,18 @@ class Shrunk(SegViT):
         kept = torch.tensor([tokens.shape[1] for tokens in deep for _ in tokens])
         heads: list[ATMHead] = list(self.heads)  # type: ignore[arg-type]
         options = (self.has_background, self.config.pixel_form)
-        return ShrunkOutput(size, features, stages, heads, *options, edges=logits, kept=kept)
+        depths = torch.where(self._goes_on(grid, logits, edges), len(self.backbone.blocks), self.config.down_layer)
+        depths = depths.expand(len(images), -1).unflatten(1, grid)
+        return ShrunkOutput(size, features, stages, heads, *options, edges=logits, kept=kept, depths=depths)
+
+    def _goes_on(self, grid: tuple[int, int], logits: Tensor | None, edges: Tensor | None) -> Tensor:
+        """(L,) or (B, L) bool: the tokens that are queries at the down-sampling and after it. A convolution's output
+        stands at the first of its four cells. logits: the edge head's; edges: as in `forward`."""
+        on_grid = sparse_grid(grid, next(self.parameters()).device)
+        if logits is None:
+            return on_grid
+        assert self.config.edges is not None
+        return on_grid | (predicted_edges(logits, self.config.edges.threshold) if edges is None else edges)
 
     def _encode(
         self, images: Tensor, grid: tuple[int, int], edges: Tensor | None
@@ -167,9 +178,7 @@ class Shrunk(SegViT):
             tokens = block(tokens)
         first, later = blocks[number], blocks[number + 1 :]
         if logits is not None:
-            assert self.config.edges is not None
-            edges = predicted_edges(logits, self.config.edges.threshold) if edges is None else edges
-            keep = sparse_grid(grid, tokens.device) | edges
+            keep = self._goes_on(grid, logits, edges)
             counts: list[int] = keep.sum(1).tolist()
             x = ragged_block(first, tokens[keep], counts, tokens)
             for block in later:
