@@ -176,7 +176,7 @@ class ATMHead(nn.Module):
         return self.combine(self.class_probabilities(prediction.classes), logits.sigmoid())
 
     def combine(self, probability: Tensor, masks: Tensor) -> Tensor:
-        """(B, N, H, W): class probabilities, as `class_probabilities` gives them, times masks (B, N, H, W) in [0, 1]."""
+        """(B, N, H, W): `class_probabilities` times masks, (B, N, H, W) in [0, 1]."""
         if self.version == "v2":
             return probability[..., None, None] * masks
         return torch.einsum("bqc,bqhw->bchw", probability, masks)

@@ -264,7 +264,7 @@ class DToP(SegViT):
 
 
 def own_labels(labels: Tensor, positions: range) -> Tensor:
-    """Labels (B, H, W) of positions as one step's FCN has them: its classes 1, 2, ..., all else background 0, 255 255."""
+    """Labels (B, H, W) of positions as one step's FCN has them: its classes 1, 2, ..., all else 0, but 255."""
     first = max(1, positions.start)
     inside = (labels >= first) & (labels < positions.stop)
     own = torch.where(inside, labels - first + 1, torch.zeros_like(labels))

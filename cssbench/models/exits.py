@@ -2,7 +2,7 @@
 
 Source: thesis chapter 5 (sections 5.2.2 to 5.2.4, Table 5.5) and its public code. A token whose class is certain at an
 auxiliary head leaves; its prediction stays what the heads have said so far.
-Shapes: B images, L cells of the token grid, C width; T tokens that are still there, of all images, as `Packed` has them.
+Shapes: B images, L cells of the token grid, C width; T tokens that are still there, of all images (`Packed`).
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class ExitOptions(Section):
                 remove   all leave; an image's least confident token stays if it would be left without (not stated)
                 average  all leave, and one token per class, their mean, takes their place; it has no cell, is never
                          graded, and goes on to the end (not stated)
-                ratio    whatever p0 < 1, the most confident `share` of an image's tokens leave, rounded down, at each head:
-                         of those still there, which gives Table 5.5's GFLOPs (not stated)
+                ratio    whatever p0 < 1, the most confident `share` of an image's tokens leave, rounded down, of those
+                         still there at a head (not stated; gives Table 5.5's GFLOPs)
     voters      whose classes count under growth. first: step 0's heads alone, so that the tokens that old heads see
                 never change with later steps. all: the heads of all steps; then old predictions may move.
     assembly    of the final map: `last`, class probabilities of the last heads for all tokens (public code), or `own`,

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from cssbench.losses.pixel import Reduction, cross_entropy, full_precision
+from cssbench.losses.pixel import cross_entropy, full_precision
 from cssbench.models.atm import ATMConfig, MaskPrediction
 from cssbench.models.backbone import BackboneConfig, to_map
 from cssbench.models.dtop import EPSILON, TokenATM, TokenFCN, check_taps

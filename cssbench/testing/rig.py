@@ -32,6 +32,18 @@ TINY: dict[str, dict[str, Any]] = {
         "backbone": {**VIT, "layers": [1, 2], "drop_path": 0.0},
         "head": {"width": 16, "heads": 2, "layers": 1, "init_std": 0.1},
     },
+    "dtop": {
+        "backbone": {**VIT, "layers": [1, 2], "drop_path": 0.0},
+        "head": {"width": 16, "heads": 2, "layers": 1, "init_std": 0.1},
+        "p0": 0.3,
+        "keep": 2,
+    },
+    "setr-dtop": {
+        "backbone": {**VIT, "layers": [1, 2], "drop_path": 0.0},
+        "head_width": 16,
+        "p0": 0.2,
+        "keep": 2,
+    },
     "shrunk": {
         "backbone": {**VIT, "layers": [2], "drop_path": 0.0},
         "head": {"width": 16, "heads": 2, "layers": 1, "init_std": 0.1},
