@@ -216,8 +216,8 @@ def test_camvid_6_5_has_every_learner_of_6_1():
     six_one, six_five = (
         {n.removeprefix(prefix) for n in NAMES if n.startswith(prefix)} for prefix in ("camvid-6-1-", "camvid-6-5-")
     )
-    # one oracle serves both; Shrunk is shown on the longer one
-    assert six_one - six_five == {"joint", "joint-linear", "segvit-cl-shrunk"}
+    # one oracle serves both; Shrunk and DToP are shown on the longer one
+    assert six_one - six_five == {"joint", "joint-linear", "segvit-cl-shrunk", "segvit-cl-dtop"}
     assert six_five <= six_one
 
 
