@@ -7,7 +7,7 @@ Shapes: B images, L cells of the token grid, C width; T tokens that are still th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Literal
 
 import torch
@@ -146,7 +146,7 @@ class Survivors:
             self.packed = run_block(block, self.packed, attention="loop" if loop else "padded")
         self.carried = self.write(self.packed.tokens, self.carried)
 
-    def convolve(self, module: nn.Module, tokens: Tensor) -> Tensor:
+    def convolve(self, module: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
         """(T, D): 1x1 convolutions (with norms over their channels) on `tokens` (T, C)."""
         if self.whole:
             maps = module(to_map(tokens.unflatten(0, (-1, self.length)), self.grid))

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from cssbench.losses.pixel import cross_entropy, full_precision
 from cssbench.models.atm import ATMConfig, MaskPrediction
-from cssbench.models.backbone import BackboneConfig, to_map
+from cssbench.models.backbone import to_map
 from cssbench.models.dtop import EPSILON, TokenATM, TokenFCN, check_taps
 from cssbench.models.exits import ExitOptions, Survivors, Threshold
+from cssbench.models.linear import TappedBackboneConfig
 from cssbench.models.pixel import PixelOutput
 from cssbench.models.segmenter import autograd_off
 from cssbench.models.segvit import atm_terms
@@ -56,7 +57,7 @@ class SETRDToP(SETRNaive):
         auxiliary_weight  of their loss; not stated: that of SETR's auxiliary heads in mmsegmentation.
         """
 
-        backbone: BackboneConfig = BackboneConfig()
+        backbone: TappedBackboneConfig = TappedBackboneConfig(layers=[6, 8, 12])
         auxiliary: Literal["fcn", "atm"] = "fcn"
         auxiliary_weight: float = Field(0.4, ge=0)
         head: ATMConfig = Field(ATMConfig(self_attention=True), description="of ATM auxiliary heads")
