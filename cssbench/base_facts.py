@@ -28,8 +28,8 @@ def base_facts(made: Experiment) -> dict[str, Any]:
     that a new one counts until somebody says that it does not matter."""
     config, scene, device = made.config, made.scenario, made.fabric.device.type
     train = config.train.model_dump(
-        mode="json", exclude={"iterations", "epochs", "accelerator", "devices", "log_every"}
-    )
+        mode="json", exclude={"iterations", "epochs", "accelerator", "devices", "log_every", "initial"}
+    )  # `initial` counts by the weights that it gave
     optim = {name: v for name, v in config.optim.model_dump(mode="json").items() if not name.startswith("later_")}
     stems, method = made.train_stems[0], made.method
     return {

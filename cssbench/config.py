@@ -123,6 +123,9 @@ class TrainConfig(Section):
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     devices: PositiveInt = 1
     log_every: PositiveInt = 10
+    initial: str | None = Field(
+        None, description="run folder: step 0 starts from the weights after its step 0. See `cssbench.initial`"
+    )
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:
@@ -156,6 +159,7 @@ class EvaluateConfig(Section):
         0.5, ge=0, description="models without a background output predict it where no score reaches this"
     )
     samples: int = Field(8, ge=0, description="validation images whose predictions are kept for the report")
+    flops_images: int = Field(8, ge=0, description="images over which the cost of a forward pass is counted; 0: not")
     limit: PositiveInt | None = Field(None, description="only so many images: for debugging, never for a table")
 
     @field_validator("geometries")

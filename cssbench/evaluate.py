@@ -25,6 +25,8 @@ from cssbench.metrics.confusion import confusion
 from cssbench.models.segmenter import Segmenter
 from cssbench.scenario import Scenario, Step
 
+Area = tuple[slice, slice]
+
 
 @dataclass(frozen=True)
 class View:
@@ -55,6 +57,10 @@ class EvaluationDataset(Dataset):
     def sampled(self) -> str:
         """The geometry whose predictions are kept as samples: `full` if it is evaluated."""
         return "full" if "full" in self.config.geometries else self.config.geometries[0]
+
+    def sampled_view(self, index: int) -> View:
+        """The view of the geometry `sampled`."""
+        return next(view for view in self[index][1] if view.geometry == self.sampled)
 
     def picture(self, stem: str) -> tuple[np.ndarray, np.ndarray]:
         """Image (h, w, 3) and class ids (h, w), uint8, in the geometry `sampled`: what belongs beside a sample."""
@@ -98,24 +104,50 @@ def slide_scores(model: Segmenter, image: Tensor, window: int, stride: int) -> T
     """(3, H, W) -> (C, H, W): mean of the scores of all windows that cover a pixel; the last window of a row or column
     ends at the border. A side shorter than the window is padded, as in `whole_scores`."""
     height, width = image.shape[-2:]
-    image = F.pad(image, (0, max(0, window - width), 0, max(0, window - height)))
+    image = _fill(image, window)
     total, count = None, torch.zeros(image.shape[-2:], device=image.device)
-    for top in window_starts(image.shape[-2], window, stride):
-        for left in window_starts(image.shape[-1], window, stride):
-            area = (slice(top, top + window), slice(left, left + window))
-            scores = whole_scores(model, image[(slice(None), *area)]).float()  # half precision would add up badly
-            if total is None:
-                total = scores.new_zeros(len(scores), *image.shape[-2:])
-            total[(slice(None), *area)] += scores
-            count[area] += 1
+    for area in window_areas(image, window, stride):
+        scores = whole_scores(model, image[(slice(None), *area)]).float()  # half precision would add up badly
+        if total is None:
+            total = scores.new_zeros(len(scores), *image.shape[-2:])
+        total[(slice(None), *area)] += scores
+        count[area] += 1
     assert total is not None
     return (total / count)[:, :height, :width]
+
+
+def _fill(image: Tensor, window: int) -> Tensor:
+    """Pad (3, H, W) right and below to at least one window."""
+    height, width = image.shape[-2:]
+    return F.pad(image, (0, max(0, window - width), 0, max(0, window - height)))
+
+
+def window_areas(image: Tensor, window: int, stride: int) -> list[Area]:
+    """Rows and columns of every window over (3, H, W), row by row."""
+    starts = [window_starts(side, window, stride) for side in image.shape[-2:]]
+    return [(slice(top, top + window), slice(left, left + window)) for top in starts[0] for left in starts[1]]
 
 
 def window_starts(extent: int, window: int, stride: int) -> list[int]:
     """Starts of the windows along one side: regular strides, the last one moved to the border (mmsegmentation)."""
     number = max(extent - window + stride - 1, 0) // stride + 1
     return [min(i * stride, extent - window) for i in range(number)]
+
+
+def slides(view: View, config: EvaluateConfig) -> bool:
+    """Whether a view is predicted by sliding window."""
+    return view.geometry == "full" and config.inference == "slide"
+
+
+def model_inputs(model: Segmenter, view: View, config: EvaluateConfig) -> list[tuple[Area, Tensor]]:
+    """What `evaluate` feeds the model for a view, one item per forward pass: the area of the image, which may end
+    behind it, and the input (1, 3, h, w), padded to the model's multiple."""
+    image = view.image
+    areas: list[Area] = [(slice(0, image.shape[-2]), slice(0, image.shape[-1]))]
+    if slides(view, config):
+        image = _fill(image, config.window)
+        areas = window_areas(image, config.window, config.stride)
+    return [(area, pad_to_multiple(image[(slice(None), *area)][None], model.multiple)) for area in areas]
 
 
 class Predictor:
@@ -191,7 +223,7 @@ def _scored(fabric: Any, model: Segmenter, views: list[View], config: EvaluateCo
     """Each view with scores (C, h, w) at its label's size. Equal inputs are run once (per kind of inference)."""
     done: list[tuple[bool, Tensor, Tensor]] = []
     for view in views:
-        slide = view.geometry == "full" and config.inference == "slide"
+        slide = slides(view, config)
         scores = next((s for kind, image, s in done if kind == slide and torch.equal(image, view.image)), None)
         if scores is None:
             image = view.image.to(fabric.device)

@@ -129,7 +129,7 @@ def build_experiment(
     torch.manual_seed(derive_seed(config.seed, "model"))
     model = make_model(config)
     check_sizes(config, model)
-    folder = RunFolder(out, config) if command is not None else RunFolder.read(out)
+    folder = RunFolder(out, config) if command is not None else _to_resume(out)
     made = Experiment(config, folder, fabric, data, scene, train, per_step, holdout, evaluation, model, method)
     if command is not None:
         folder.scenario = made.describe_scenario()
@@ -140,6 +140,16 @@ def build_experiment(
             f"{config.data.root}. Give the data it was started on with --data."
         )
     return made
+
+
+def _to_resume(out: Path) -> RunFolder:
+    folder = RunFolder.read(out)
+    if origin := folder.provenance.get("evaluated_from"):
+        raise RunError(
+            f"{out} holds evaluations of the weights of {origin['path']}: there is nothing to train. The same "
+            f"`cssbench evaluate {origin['path']} --out {out}` with the same changes goes on with it."
+        )
+    return folder
 
 
 def run_facts(made: Experiment) -> dict[str, Any]:

@@ -9,6 +9,7 @@
         method.pt           the method's own state (tensors only)
         matrices.npz        int64 confusion matrices, raw class id x predicted class id (see `StepRecord.matrices`)
         samples/*.png       predictions for the sample images, palette PNG of class ids
+        depths/*.png        blocks that the token at each pixel went through, palette PNG; of models that drop tokens
         record.json         numbers, and the SHA-256 of the files beside it; written last: a step with it is finished
       samples/              the sample images (<stem>.image.png) and their truth (<stem>.truth.png)
       logs/train-00.csv     step, iteration, name, value: every logged loss term, one file per step
@@ -142,6 +143,45 @@ class StepRecord:
         """Predictions of the sample images: stem -> palette PNG."""
         return {p.stem: p for p in sorted((self.folder / "samples").glob("*.png"))}
 
+    def depth_maps(self) -> dict[str, Path]:
+        """How deep the tokens of the sample images went: stem -> palette PNG; empty where none were dropped."""
+        return {p.stem: p for p in sorted((self.folder / "depths").glob("*.png"))}
+
+    @property
+    def tokens(self) -> dict[int, float] | None:
+        """Number of encoder blocks -> share of the tokens that went through so many, over all forward passes of the
+        evaluation; None for a model that drops none, and where it was not recorded. Raises RunError when damaged."""
+        content = self.content.get("tokens")
+        if content is None:
+            return None
+        sound = isinstance(content, dict) and all(key.isdecimal() for key in content)
+        if not (sound and all(map(_is_size, content.values())) and abs(sum(content.values()) - 1) < 1e-6):
+            raise self._damaged("tokens", "the share of tokens by number of blocks, together 1")
+        return {int(depth): float(share) for depth, share in sorted(content.items(), key=lambda item: int(item[0]))}
+
+    @property
+    def gflops(self) -> dict[str, Any] | None:
+        """Cost in 10^9 multiply-adds, the papers' GFLOPs, as `cssbench.profile` counts on the first evaluated images:
+        `per_pass`, mean over forward passes (one window where images are predicted by sliding window); `per_image`, all
+        passes of an image; `images`, how many; `geometry`. None where not counted. Raises RunError when damaged."""
+        content = self.content.get("gflops")
+        if content is None:
+            return None
+        names = ("per_pass", "per_image", "images")
+        if not (isinstance(content, dict) and all(_is_size(content.get(name)) for name in names)):
+            raise self._damaged("gflops", f"numbers named {', '.join(names)}")
+        return content
+
+    def _damaged(self, name: str, expected: str) -> RunError:
+        return RunError(
+            f"{self.folder / 'record.json'} is damaged: {name!r} must hold {expected}. Evaluate the run again with "
+            f"`cssbench evaluate`."
+        )
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
+
 
 def _is_scenario(content: Any) -> bool:
     """Whether scenario.json has what every reader relies on: names, and the class ids of at least one step."""
@@ -232,6 +272,26 @@ class RunFolder:
                 raise RunError(f"{folder / 'record.json'} is damaged: it lists no checksums. Remove {folder}.")
             found.append(StepRecord(index, content, folder))
         return found
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) over the records of the finished steps, which hold the checksums of their files."""
+        return content_digest({"records": [content_digest(record.content) for record in self.records()]})
+
+    def weights(self, index: int) -> tuple[StepRecord, Path]:
+        """A finished step and its weights, checked against their checksum. Raises RunError where there are none."""
+        records = self.records()
+        if index >= len(records):
+            raise RunError(f"{self.path} has not finished step {index}. `cssbench resume {self.path}` goes on with it.")
+        record, name = records[index], "model.safetensors"
+        if name not in record.content["sha256"]:
+            origin = self.provenance.get("evaluated_from")
+            remedy = f"Name {origin['path']}, whose weights it evaluated" if origin else "Name a run that was trained"
+            raise RunError(f"{self.path} holds no weights. {remedy}.")
+        if not (record.folder / name).exists():
+            raise RunError(f"{record.folder / name} is missing: the weights were left out. Name the folder with them.")
+        self.verify(record, name)
+        return record, record.folder / name
 
     def verify(self, record: StepRecord, *names: str) -> None:
         """Raises RunError when a file of a step is missing or does not match its recorded SHA-256."""

@@ -6,7 +6,8 @@ DIR/<key[:2]>/<key>/       an entry; the key is the SHA-256 of `base_facts` as c
   method.pt                only of a method that is not `plain_base`: its state; the weights are then of after
                            `end_step`, and both come back as `cssbench resume` would bring them
   numbers.json             loss, seconds, who trained it; the SHA-256 of the files above
-  evaluated-<digest>.npz   matrices and sample predictions, by the weights and settings that gave them
+  evaluated-<digest>.npz   matrices, sample predictions and depths, by the weights and settings that gave them; beside
+                           it, as JSON, those facts and the numbers of the record (tokens, GFLOPs)
 DIR/<key[:2]>/<key>.lock   held while a process trains the entry; the kernel lets go of it when that process dies
 """
 
@@ -31,10 +32,9 @@ from cssbench.method import StepContext
 from cssbench.models.segmenter import Segmenter
 from cssbench.progress import say
 from cssbench.results import content_digest, read_json, sha256, write_bytes, write_json
+from cssbench.step_evaluation import Evaluated
 
 POLL = 0.5  # seconds between two looks at a lock that another process holds
-Arrays = dict[str, np.ndarray]
-Evaluated = tuple[Arrays, Arrays, float]  # matrices, samples, seconds
 
 
 class BaseStep:
@@ -148,7 +148,7 @@ class BaseStep:
         write_json(folder / "numbers.json", content | {"digest": content_digest(content)})
 
     def evaluation(self) -> Evaluated | None:
-        """What `evaluate` gave for these weights and settings (empty on other processes), or None."""
+        """What `evaluate_step` gave for these weights and settings (empty on other processes), or None."""
         if self.root is None:
             return None
         found = None
@@ -156,7 +156,7 @@ class BaseStep:
             self.about = evaluation_facts(self.made)
             self.evaluated = self.path / f"evaluated-{content_digest(self.about)}.json"
             found = self._read_evaluation() if self.evaluated.exists() else None
-        return (found or ({}, {}, 0.0)) if self.fabric.broadcast(found is not None) else None
+        return (found or Evaluated({})) if self.fabric.broadcast(found is not None) else None
 
     def _read_evaluation(self) -> Evaluated | None:
         try:
@@ -164,32 +164,32 @@ class BaseStep:
             if about["digest"] == content_digest(about) and about["sha256"] == sha256(path):
                 with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
                     arrays = {name: file[name] for name in file.files}
-                matrices = {name[2:]: array for name, array in arrays.items() if name.startswith("m.")}
-                samples = {
-                    self.made.sample_stems[int(name[2:])]: array
-                    for name, array in arrays.items()
-                    if name.startswith("s.")
-                }
-                return matrices, samples, about["seconds"]
+                parts: dict[str, dict[str, Any]] = {"m": {}, "s": {}, "d": {}}
+                for name, array in arrays.items():
+                    kind, _, key = name.partition(".")
+                    parts[kind][key if kind == "m" else self.made.sample_stems[int(key)]] = array
+                return Evaluated(parts["m"], parts["s"], parts["d"], about["numbers"], about["seconds"])
         except (RunError, OSError, KeyError, TypeError, AttributeError):
             pass
         say(f"step 0: {self.evaluated} or its matrices are damaged; the images are evaluated again")
         return None
 
-    def keep_evaluation(self, matrices: Arrays, samples: Arrays, seconds: float) -> None:
-        """Store what `evaluate` returned after `seconds`; each process brings the samples of its own images."""
+    def keep_evaluation(self, found: Evaluated) -> None:
+        """Store what `evaluate_step` returned; each process brings the samples of its own images."""
         if self.root is None:
             return
-        shares = [self.fabric.broadcast(samples, rank) for rank in range(self.fabric.world_size)]
+        mine = {"s": found.samples, "d": found.depths}
+        shares = [self.fabric.broadcast(mine, rank) for rank in range(self.fabric.world_size)]
         if self.fabric.is_global_zero and self.path.is_dir():
-            arrays = {f"m.{key}": matrix for key, matrix in matrices.items()}
-            number = self.made.sample_stems.index
-            arrays |= {f"s.{number(stem)}": ids for share in shares for stem, ids in share.items()}
+            arrays = {f"m.{key}": matrix for key, matrix in found.matrices.items()}
+            for kind, pictures in (item for share in shares for item in share.items()):
+                arrays |= {f"{kind}.{self.made.sample_stems.index(stem)}": ids for stem, ids in pictures.items()}
             buffer = io.BytesIO()
             np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
             with suppress(RunError):  # as in `keep`
                 write_bytes(self.evaluated.with_suffix(".npz"), buffer.getvalue())
-                about = self.about | {"seconds": seconds, "sha256": sha256(self.evaluated.with_suffix(".npz"))}
+                about = self.about | {"seconds": found.seconds, "numbers": found.numbers}
+                about |= {"sha256": sha256(self.evaluated.with_suffix(".npz"))}
                 write_json(self.evaluated, about | {"digest": content_digest(about)})
 
 

@@ -9,20 +9,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from cssbench import checkpoint
 from cssbench.data.step_dataset import BatchStream, HoldoutDataset, StepDataset, make_loader, one_pass
-from cssbench.evaluate import EvaluationDataset, evaluate
 from cssbench.experiment import Experiment, derive_seed
+from cssbench.initial import start_from_initial
 from cssbench.logs import StepLog
 from cssbench.method import StepContext
 from cssbench.models.segmenter import Segmenter, count_parameters, freeze_copy
 from cssbench.progress import say, track
 from cssbench.protocol import DEFAULTS, get
-from cssbench.results import atomic_path, image_name
 from cssbench.scenario import Step
 from cssbench.shared import BaseStep
+from cssbench.step_evaluation import Evaluated, evaluate_step, save_pictures
 from cssbench.trainer import fit, micro_batch
 
 
@@ -82,13 +81,13 @@ def _run_step(made: Experiment, step: Step, previous: Segmenter | None, base: Ba
         checkpoint.save_weights(folder / "model.safetensors", made.model)
         checkpoint.save_state(folder / "method.pt", made.method.state_dict())
     clock.lap("save")
-    matrices = _evaluate(made, step, base, clock)
+    found = _evaluate(made, step, base, clock)
     fabric.barrier()
     if fabric.is_global_zero:
         numbers["seconds"] = {name: round(value, 3) for name, value in clock.seconds.items()}
-        made.folder.finish_step(step.index, matrices, numbers)
+        made.folder.finish_step(step.index, found.matrices, numbers | found.numbers)
         seconds = f"{sum(clock.seconds.values()):.0f} s{' when trained' if base.reused else ''}"
-        say(f"step {step.index}: {base.origin}{summary_line(made, step, matrices)}, {seconds}")
+        say(f"step {step.index}: {base.origin}{summary_line(made, step, found.matrices)}, {seconds}")
     fabric.barrier()
 
 
@@ -96,6 +95,7 @@ def _train(made: Experiment, step: Step, previous: Segmenter | None, base: BaseS
     """The method's hooks around training; returns the numbers of the step's record."""
     fabric, method, config = made.fabric, made.method, made.config
     model = made.model.to(fabric.device)
+    initial = {} if step.index else start_from_initial(made)
     torch.manual_seed(derive_seed(config.seed, "train", step.index, fabric.global_rank))
     images = len(made.train_stems[step.index])
     iterations = config.train.length(step.index, images)
@@ -110,6 +110,7 @@ def _train(made: Experiment, step: Step, previous: Segmenter | None, base: BaseS
         "evaluated_images": len(made.evaluation_stems(step)),
         "parameters": {"total": count_parameters(model), "trainable": trainable},
         "loss": loss,
+        **initial,
         **base.record,
     }
 
@@ -143,42 +144,20 @@ def _learn(
     return loss
 
 
-def _evaluate(made: Experiment, step: Step, base: BaseStep, clock: Clock) -> dict[str, np.ndarray]:
-    """Matrices over the images that show a class seen so far; writes the sample predictions."""
+def _evaluate(made: Experiment, step: Step, base: BaseStep, clock: Clock) -> Evaluated:
+    """Evaluate the images that show a class seen so far, or take up what that gave; writes the sample pictures."""
     found = base.evaluation()
-    stems = made.evaluation_stems(step)
-    view = EvaluationDataset(made.data, made.config.evaluate.split, stems, made.config.evaluate, made.model)
     clock.lap()
     if found:
-        matrices, samples, seconds = found
-        clock.add("evaluate", seconds)
+        clock.add("evaluate", found.seconds)
     else:
-        matrices, samples = _predict(made, step, view)
+        found = evaluate_step(made, step)
         clock.lap("evaluate")
-        base.keep_evaluation(matrices, samples, clock.seconds["evaluate"])
-    _save_samples(made, step, view, samples)
+        found.seconds = clock.seconds["evaluate"]
+        base.keep_evaluation(found)
+    save_pictures(made, step, found)
     clock.lap("evaluate")
-    return matrices
-
-
-def _predict(
-    made: Experiment, step: Step, view: EvaluationDataset
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """(matrices, samples) of `evaluate` for this run's settings."""
-    config, steps = made.config, made.scenario.steps
-    alone = [frozenset(made.evaluation_stems(s)) for s in steps[:-1]] if step is steps[-1] else []
-    with track(f"step {step.index}/{len(steps) - 1}  evaluate", len(view)) as advance:
-        return evaluate(
-            made.fabric,
-            made.model,
-            view,
-            made.scenario,
-            step,
-            config.data.workers,
-            advance,
-            keep=frozenset(made.sample_stems),
-            alone=alone,
-        )
+    return found
 
 
 def _context(made: Experiment, step: Step, previous: Segmenter | None, iterations: int, log: StepLog):
@@ -225,24 +204,3 @@ def summary_line(made: Experiment, step: Step, matrices: dict[str, np.ndarray]) 
             shown = ", ".join(f"{k} {100 * v:.2f}" for k in ("base", "all") if (v := score[k]) is not None)
             parts.append(f"{shown} % ({protocol.id})")
     return "; ".join(parts)
-
-
-def _save_samples(made: Experiment, step: Step, view: EvaluationDataset, samples: dict[str, np.ndarray]) -> None:
-    """Predictions of this step, and once the images and their truth, as PNG, all of one geometry."""
-    for stem, predicted in samples.items():
-        _save_palette(made.folder.step_folder(step.index) / "samples" / f"{image_name(stem)}.png", predicted, made)
-        truth = made.folder.path / "samples" / f"{image_name(stem)}.truth.png"
-        if not truth.exists():
-            image, ids = view.picture(stem)
-            with atomic_path(truth.with_name(f"{image_name(stem)}.image.png")) as path:
-                Image.fromarray(image).save(path, format="PNG")
-            _save_palette(truth, ids, made)
-
-
-def _save_palette(path: Path, ids: np.ndarray, made: Experiment) -> None:
-    colours = np.zeros((256, 3), np.uint8)
-    colours[1 : 1 + made.data.num_classes] = made.data.palette
-    picture = Image.fromarray(ids)
-    picture.putpalette(colours.tobytes())
-    with atomic_path(path) as temporary:
-        picture.save(temporary, format="PNG")

@@ -40,6 +40,7 @@ def problems(run: RunFolder, weights: bool = True) -> list[str]:
     found += [f"step{'s' * (len(steps) > 1)} {', '.join(steps)}: {what}" for what, steps in edited.items()]
     if not edited:  # the counts of an edited run need no second opinion
         found += _imported(run, records) if scoring.is_imported(run) else _impossible(run, records)
+        found += _unreadable(records)
     return found
 
 
@@ -92,6 +93,15 @@ def _edited(run: RunFolder, record: StepRecord, weights: bool) -> Iterator[str]:
             yield f"{name} is missing"
         elif sha256(path) != recorded:
             yield f"{name} was edited or truncated: it does not match its checksum"
+
+
+def _unreadable(records: Sequence[StepRecord]) -> Iterator[str]:
+    for record in records:
+        for name in ("tokens", "gflops"):
+            try:
+                getattr(record, name)
+            except RunError as error:
+                yield str(error).rstrip(".")
 
 
 def _imported(run: RunFolder, records: Sequence[StepRecord]) -> Iterator[str]:

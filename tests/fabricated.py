@@ -31,11 +31,12 @@ MATRICES = {
 
 def fabricate(path: Path, **changes: Any) -> RunFolder:
     """A run folder as `cssbench run` leaves it, with `MATRICES` in both geometries. changes: the settings below;
-    `steps`: names of `MATRICES`, one per finished step; `matrices`: more or other matrices of the last step."""
+    `steps`: names of `MATRICES`, one per finished step; `matrices`: more or other matrices of the last step;
+    `numbers`: more of every record."""
     given: dict[str, Any] = {"seed": 0, "method": "finetune", "model": {"name": "tiny", "backbone": {"width": 16}}}
     given |= {"mode": "overlapped", "void": "background", "groups": [[1, 2], [3]], "steps": ["0", "1"], "evaluate": {}}
     given |= {"identity": {"train": "a" * 64, "val": "b" * 64}, "evaluated_sha256": "c" * 64, "images": ["d" * 64] * 9}
-    given |= {"geometries": ["full", "crop"], "matrices": {}, "debug_limited": False}
+    given |= {"geometries": ["full", "crop"], "matrices": {}, "numbers": {}, "debug_limited": False}
     assert changes.keys() <= given.keys(), changes
     given |= changes
     content = {"seed": given["seed"], "scenario": {"name": "toy"}, "method": {"name": given["method"]}}
@@ -57,7 +58,7 @@ def fabricate(path: Path, **changes: Any) -> RunFolder:
         (run.step_folder(index)).mkdir(parents=True)
         (run.step_folder(index) / "model.safetensors").write_bytes(bytes(64))
         numbers = {"images": 7, "iterations": 5, "evaluated_images": 2, "seconds": {"train": 61.0}, "loss": {"ce": 0.5}}
-        run.finish_step(index, arrays, numbers)
+        run.finish_step(index, arrays, numbers | given["numbers"])
     return RunFolder.read(path)
 
 

@@ -82,18 +82,18 @@ def brief(recipe: dict[str, Any]) -> dict[str, Any]:
 def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
     """The steps that were trained and evaluated, in order: {"fit": [...], "evaluate": [...]}."""
     counted: dict[str, list[int]] = {"fit": [], "evaluate": []}
-    fit, evaluate = task_loop.fit, task_loop.evaluate
+    fit, evaluate = task_loop.fit, task_loop.evaluate_step
 
     def counting_fit(fabric: Any, ctx: StepContext, *rest: Any) -> Any:
         counted["fit"].append(ctx.step.index)
         return fit(fabric, ctx, *rest)
 
-    def counting_evaluate(fabric: Any, model: Any, view: Any, scenario: Any, step: Any, *rest: Any, **more: Any) -> Any:
+    def counting_evaluate(made: Experiment, step: Any) -> Any:
         counted["evaluate"].append(step.index)
-        return evaluate(fabric, model, view, scenario, step, *rest, **more)
+        return evaluate(made, step)
 
     monkeypatch.setattr(task_loop, "fit", counting_fit)
-    monkeypatch.setattr(task_loop, "evaluate", counting_evaluate)
+    monkeypatch.setattr(task_loop, "evaluate_step", counting_evaluate)
     return counted
 
 
@@ -123,6 +123,8 @@ def same_runs(one: RunFolder, other: RunFolder) -> None:
         assert a.matrices.keys() == b.matrices.keys()
         assert all(np.array_equal(matrix, b.matrices[key]) for key, matrix in a.matrices.items())
         assert [p.read_bytes() for p in a.samples().values()] == [p.read_bytes() for p in b.samples().values()]
+        assert [p.read_bytes() for p in a.depth_maps().values()] == [p.read_bytes() for p in b.depth_maps().values()]
+        assert (a.tokens, a.gflops) == (b.tokens, b.gflops)
         assert a.samples().keys() == b.samples().keys() != set()
         for name in ("loss", "images", "iterations", "evaluated_images", "parameters"):
             assert a.content[name] == b.content[name]
@@ -298,7 +300,8 @@ def test_what_changes_the_base_step_changes_the_key(recipe, plain, tmp_path, cha
 
 
 def test_every_setting_of_optimiser_transforms_and_training_is_a_fact_or_known_not_to_matter(plain):
-    known = {"optim.later_lr", *(f"train.{n}" for n in ("epochs", "accelerator", "devices", "log_every"))}
+    free = ("epochs", "accelerator", "devices", "log_every", "initial")  # `initial` by its weights: model.initial
+    known = {"optim.later_lr", *(f"train.{n}" for n in free)}
     sections = {"optim": config.OptimConfig, "augment": config.AugmentConfig, "train": config.TrainConfig}
     names = {f"{section}.{name}" for section, kind in sections.items() for name in kind.model_fields}
     assert names - {n for n in names if n.startswith("optim.later_")} - known <= plain.keys()

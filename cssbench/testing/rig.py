@@ -91,7 +91,7 @@ class Rig:
             "augment": {"crop": SIDE, "photometric": False, "scale": [0.8, 1.3]},
             "optim": {"lr": 2e-3, "head_lr_scale": 1.0, "clip": 5.0},
             "train": {"batch_size": 4, "iterations": [3, 2, 2], "accelerator": "cpu"},
-            "evaluate": {"crop": SIDE, "short_side": SIDE, "samples": 0, "geometries": ["full"]},
+            "evaluate": {"crop": SIDE, "short_side": SIDE, "samples": 0, "geometries": ["full"], "flops_images": 0},
         }
         self.config = resolve(config.validate(recipe, "The recipe of the conformance kit"), parts=("model",))
         self._runs = 0
