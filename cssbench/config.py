@@ -2,25 +2,21 @@
 
 A recipe is a TOML file with the sections below. `method` and `model` carry, beside `name`, the options of the part
 named; those are checked by the part's own `Config` when the run starts. TOML has no null: "none" stands for None
-where a setting may be None. `extends = "other"` at the top of a recipe starts from another one: see `read_recipe`.
+where a setting may be None. How files are found and start from one another: `cssbench.recipes`.
 """
 
 from __future__ import annotations
 
 import difflib
-import tomllib
-from functools import reduce
-from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
-from cssbench import registry
-from cssbench.errors import ConfigError, UnknownNameError
+from cssbench.errors import ConfigError
+from cssbench.recipes import with_preset
 
 NONE = "none"
-PARTS = ("method", "model")  # sections whose options belong to the part they name
 Epochs = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -219,9 +215,12 @@ def _spelled(value: Any) -> Any:
 
 
 def validate(content: dict[str, Any], source: str) -> RunConfig:
-    """Check the content of a recipe. Raises ConfigError naming `source`, the key and what it may hold."""
+    """Check the content of a recipe; a preset that it names as its model is filled in (`recipes.with_preset`).
+
+    Raises ConfigError naming `source`, the key and what it may hold.
+    """
     try:
-        return RunConfig.model_validate(content)
+        return RunConfig.model_validate(with_preset(content))
     except ValidationError as error:
         raise ConfigError(explain_validation(source, error, RunConfig)) from None
 
@@ -232,96 +231,6 @@ def part_config(kind: str, choice: PartChoice, config: type[Section]) -> Section
         return config.model_validate(choice.options)
     except ValidationError as error:
         raise ConfigError(explain_validation(f"The options of {kind} {choice.name!r}", error, config)) from None
-
-
-def read_recipe(name: str) -> dict[str, Any]:
-    """The content of a recipe: an installed one by name, or a path to a TOML file.
-
-    `extends`, a recipe's name or a path relative to the file that says it, is resolved: see `extend`. Raises
-    ConfigError (UnknownNameError for `name` itself), also when recipes extend each other in a circle; PluginError when
-    an installed recipe is not valid TOML.
-    """
-    path, content = _read_file(name, Path())
-    chain = {path: name}
-    layers = [content]
-    while "extends" in content:
-        base = content.pop("extends")
-        if not isinstance(base, str):
-            raise ConfigError(
-                f"In recipe {name!r}, 'extends' (it is {base!r}) must be the name of one recipe, or a path to a TOML "
-                f"file relative to this one."
-            )
-        try:
-            path, content = _read_file(base, path.parent)
-        except UnknownNameError as error:
-            raise ConfigError(f"Recipe {name!r} extends {base!r}. {error}") from error
-        name = base
-        if path in chain:
-            circle = " -> ".join(map(repr, [*chain.values(), name]))
-            raise ConfigError(f"Recipes extend each other in a circle: {circle}. Remove one `extends` of these.")
-        chain[path] = name
-        layers.append(content)
-    return reduce(extend, reversed(layers))
-
-
-def _read_file(name: str, folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Where the recipe `name` lies and what it holds; a relative path starts at `folder`."""
-    if not name.endswith(".toml"):
-        content = registry.read_toml("recipes", name)
-        return Path(str(registry.toml_files("recipes")[name][1])).resolve(), content
-    path = folder / name
-    try:
-        return path.resolve(), tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UnknownNameError("recipe file", str(path), registry.toml_files("recipes")) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"Recipe {str(path)!r} is not valid TOML: {error}.") from None
-
-
-def extend(base: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:
-    """`content` over `base`: tables are merged key by key, all else is replaced.
-
-    Where `content` names another method or model than `base`, that section of `base` is dropped: its options belong to
-    the part it names.
-    """
-    kept = {key: value for key, value in base.items() if not (key in PARTS and _renamed(value, content.get(key)))}
-    return _merged(kept, content)
-
-
-def _renamed(old: Any, new: Any) -> bool:
-    both = isinstance(old, dict) and isinstance(new, dict) and "name" in old and "name" in new
-    return both and old["name"] != new["name"]
-
-
-def _merged(base: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:
-    merged = {**base}
-    for key, value in content.items():
-        old = base.get(key)
-        merged[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return merged
-
-
-def override(content: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
-    """Apply `a.b=c` assignments; a value is read as TOML, or as a string when that fails. Raises ConfigError."""
-    content = {**content}
-    for assignment in assignments:
-        path, equals, text = assignment.partition("=")
-        keys = path.strip().split(".")
-        if not equals or not all(keys):
-            raise ConfigError(f"An override must look like section.key=value, not {assignment!r}.")
-        try:
-            value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            value = text.strip()
-        node = content
-        for key in keys[:-1]:
-            child = node.get(key, {})
-            if not isinstance(child, dict):
-                raise ConfigError(f"In {assignment!r}, {key!r} is a value, not a section.")
-            node[key] = {**child}
-            node = node[key]
-        node[keys[-1]] = value
-    return content
 
 
 def explain_validation(source: str, error: ValidationError, model: type[BaseModel] | None = None) -> str:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from cssbench import registry
+from cssbench import recipes, registry
 from cssbench.checkpoint import no_data
 from cssbench.config import PartChoice, Section, part_config
 from cssbench.errors import CssbenchError, PluginError
@@ -30,6 +30,7 @@ def method_class(name: str) -> type[Method]:
 
 def model_class(name: str) -> type[Segmenter]:
     """The model `name`. Raises UnknownNameError; PluginError unless it is a whole Segmenter with a Config."""
+    recipes.named_model(name)  # of an unknown name it tells the nearest presets too
     return _with_config(registry.load_class("models", name, Segmenter, ["grow", "forward", "loss"]), "model", name)
 
 

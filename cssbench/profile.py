@@ -22,12 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cssbench import config, registry, scenario
+from cssbench import checkpoint, config, recipes, registry, scenario
+from cssbench.config import RunConfig
 from cssbench.data import transforms
 from cssbench.data.registry import make_dataset
 from cssbench.errors import ConfigError, ModelError
 from cssbench.flops import FlopCounter, counting
 from cssbench.models.segmenter import Segmenter, count_parameters
+from cssbench.results import RunFolder
 from cssbench.scenario import Step
 
 GIGA = 1e9
@@ -72,13 +74,33 @@ def build_model(name: str, options: dict[str, Any] | None = None, device: str = 
     """The installed model `name`, not grown yet, in eval mode. On "meta" it has no weights: `pretrained` and
     `checkpoint` of its backbone are not looked at. Raises UnknownNameError, PluginError, ConfigError, ModelError."""
     options = dict(options or {})
-    backbone = options.get("backbone")
-    if device == "meta" and isinstance(backbone, dict):
-        options["backbone"] = {key: value for key, value in backbone.items() if key not in ("pretrained", "checkpoint")}
+    if device == "meta":
+        options = _without_weights(options)
     cls = registry.load("models", name)
     settings = config.part_config("model", config.PartChoice(name=name, **options), cls.Config)
     with torch.device(device):
         return cls(settings).eval()
+
+
+def _without_weights(options: dict[str, Any]) -> dict[str, Any]:
+    backbone = options.get("backbone")
+    if not isinstance(backbone, dict):
+        return options
+    return {**options, "backbone": {k: v for k, v in backbone.items() if k not in ("pretrained", "checkpoint")}}
+
+
+def typical_cost(name: str, side: int = 512, classes: int = 150) -> tuple[int, float | None]:
+    """(parameters, GFLOPs) of a model or preset with one head of `classes` classes; GFLOPs None: they depend on the
+    image. Raises as `build_model`, and whatever a stranger's model raises."""
+    section = recipes.named_model(name)
+    model = build_model(section.pop("name"), section)
+    with torch.device("meta"):
+        model.grow(cut_steps(None, classes)[0])
+    parameters = count_parameters(model)
+    try:
+        return parameters, count(model.eval(), no_image(side)).gflops
+    except ModelError:
+        return parameters, None
 
 
 def cut_steps(text: str | None, classes: int) -> tuple[Step, ...]:
@@ -220,16 +242,56 @@ def no_image(side: int) -> list[Tensor]:
     return [torch.empty(1, 3, side, side, device="meta")]
 
 
-def images(made: Segmenter, root: str, dataset: str, limit: int, side: int, device: str) -> list[Tensor]:
-    """The first validation images, short side and centre crop `side`, normalised for the model."""
-    source = make_dataset(dataset, root)
+def images(
+    made: Segmenter,
+    root: str | None,
+    dataset: str,
+    limit: int,
+    side: int,
+    device: str,
+    split: str = "val",
+    options: dict[str, Any] | None = None,
+) -> list[Tensor]:
+    """The first images of a split, short side and centre crop `side`, normalised for the model."""
+    source = make_dataset(dataset, root, options or {})
     found = []
-    for stem in source.stems("val")[:limit]:
-        picture = transforms.to_tensor(source.image("val", stem))
+    for stem in source.stems(split)[:limit]:
+        picture = transforms.to_tensor(source.image(split, stem))
         picture = transforms.resize(picture, transforms.short_side_size(picture.shape[-2:], side))
         picture = transforms.centre_crop(picture, side)
         found.append(transforms.normalise(picture, made.pixel_mean, made.pixel_std)[None].to(device))
     return found
+
+
+def stored_model(run: RunFolder, settings: RunConfig, device: str) -> Segmenter:
+    """The model as a run's last finished step left it, in eval mode; `settings`: the run's configuration, whose model
+    options may be changed. Raises RunError where weights are missing or do not fit."""
+    _, weights = run.weights(max(0, len(run.records()) - 1))
+    made = build_model(settings.model.name, _without_weights(settings.model.options), device)
+    seen: tuple[int, ...] = ()
+    for index, group in enumerate(run.groups[: len(run.records())]):
+        made.grow(Step(index, tuple(group), seen))
+        seen = (*seen, *group)
+    checkpoint.load_weights(weights, made)
+    return made.to(device).eval()
+
+
+def image_latency(made: Segmenter, inputs: Sequence[Tensor], repeats: int = 9) -> dict[str, Any]:
+    """Seconds per image, median over passes through all of `inputs`, one image at a time."""
+
+    def run() -> None:
+        for image in inputs:
+            scores(made, image)
+
+    with torch.no_grad():
+        seconds = latency({"run": run}, repeats)["run"] / len(inputs)
+    return measured({"stored weights": seconds}, inputs[0].device)
+
+
+def measured(seconds: dict[str, float], where: torch.device) -> dict[str, Any]:
+    """Seconds of one image by what ran, with what they were measured on."""
+    found = {"seconds": seconds, "peak_memory_bytes": peak_memory(where), "device": machine(where)}
+    return {**found, "batch_size": 1, "torch": torch.__version__}
 
 
 def step_latency(name: str, options: dict[str, Any], cut: Sequence[Step], side: int, device: str) -> dict[str, Any]:
@@ -244,6 +306,4 @@ def step_latency(name: str, options: dict[str, Any], cut: Sequence[Step], side: 
         runs[f"after step {last}"] = partial(scores, made, image)
     with torch.no_grad():
         seconds = latency(runs)
-    where = torch.device(device)
-    measured = {"seconds": seconds, "peak_memory_bytes": peak_memory(where), "device": machine(where)}
-    return {**measured, "batch_size": 1, "torch": torch.__version__}
+    return measured(seconds, torch.device(device))

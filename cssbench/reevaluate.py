@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from cssbench import checkpoint, config
+from cssbench import checkpoint, config, recipes
 from cssbench.config import RunConfig
 from cssbench.errors import ConfigError, CssbenchError, RunError
 from cssbench.experiment import Experiment, build_experiment, derive_seed, resolve
@@ -66,7 +66,7 @@ def evaluate_again(source: Path, out: Path, changes: list[str], data: Path | Non
 def changed_config(there: RunFolder, changes: list[str]) -> RunConfig:
     """The resolved configuration of a run with `changes`. Raises ConfigError for what must not change."""
     old = resolve(there.config)
-    content = config.override(there.config.dump(), changes)
+    content = recipes.override(there.config.dump(), changes)
     wanted = resolve(config.validate(content, f"The recipe of {there.path} with these changes"))
     refused = [
         key

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 
-from cssbench import config, registry
+from cssbench import config, recipes, registry
 from cssbench.api import Batch, ConfigError, Method, Segmenter, StepContext
 from cssbench.experiment import build_experiment, resolve
 from cssbench.losses.prototypes import class_means
@@ -58,7 +58,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def start(recipe: dict[str, Any], out: Path, method: str, model: str, *changes: str) -> RunFolder:
     torch.set_num_threads(1)
     content = recipe | {"method": {"name": method}, "model": {"name": model} | MODELS[model]}
-    made = build_experiment(resolve(config.validate(config.override(content, list(changes)), "test")), out, ["test"])
+    made = build_experiment(resolve(config.validate(recipes.override(content, list(changes)), "test")), out, ["test"])
     made.folder.create()
     run(made)
     return RunFolder.read(out)

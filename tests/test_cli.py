@@ -16,7 +16,7 @@ import pytest
 import tomli_w
 from PIL import Image
 
-from cssbench import cli, config
+from cssbench import cli, recipes
 from cssbench.results import RunFolder
 
 
@@ -340,13 +340,13 @@ def test_a_full_disk_stops_cleanly_and_the_run_resumes(
 
 
 def test_demo_runs_reports_and_goes_on_where_it_stopped(cssbench: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    real = config.read_recipe
+    real = recipes.read_recipe
 
     def small(name: str) -> dict[str, Any]:
-        content = config.override(real(name), [c for c in TINY if "short_side" not in c])
-        return config.override(content, ["data.options.train=30", "data.options.val=4", "augment.crop=64"])
+        content = recipes.override(real(name), [c for c in TINY if "short_side" not in c])
+        return recipes.override(content, ["data.options.train=30", "data.options.val=4", "augment.crop=64"])
 
-    monkeypatch.setattr(config, "read_recipe", small)
+    monkeypatch.setattr(recipes, "read_recipe", small)
     done = cssbench("demo", "--out", tmp_path / "demo")
     assert done.code == 0, done.err
     assert "segvit-cl" in done.out

@@ -11,9 +11,10 @@ import pytest
 from pydantic import Field
 
 from cssbench import config, registry
-from cssbench.config import PartChoice, RunConfig, Section, override, part_config, plain, validate
+from cssbench.config import PartChoice, RunConfig, Section, part_config, plain, validate
 from cssbench.errors import ConfigError, UnknownNameError
 from cssbench.experiment import make_method, make_model, resolve
+from cssbench.recipes import override
 
 RECIPE: dict[str, Any] = {
     "scenario": {"name": "synthetic-10-5"},

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cssbench import config, experiment, registry, scenario
+from cssbench import config, experiment, recipes, registry, scenario
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -63,7 +63,7 @@ def test_every_scenario_is_valid_and_has_its_dataset(name: str):
 
 @pytest.mark.parametrize("name", sorted(n for n, (d, _) in registry.toml_files("recipes").items() if d == "cssbench"))
 def test_every_recipe_resolves_and_states_its_command(name: str):
-    resolved = experiment.resolve(config.validate(config.read_recipe(name), name))
+    resolved = experiment.resolve(config.validate(recipes.read_recipe(name), name))
     assert resolved.scenario.name in scenario.names()
     header = (ROOT / "baselines" / "recipes" / f"{name}.toml").read_text().split("\n\n")[0]
     assert re.search(rf"^# Command: .*\b{name}\b", header, re.M), "the header gives the command"

@@ -14,9 +14,10 @@ import pytest
 import timm
 
 from cssbench import registry, scenario
-from cssbench.config import RunConfig, override, read_recipe, validate
+from cssbench.config import RunConfig, validate
 from cssbench.errors import ConfigError, ModelError, UnknownNameError
 from cssbench.experiment import make_model, resolve
+from cssbench.recipes import override, read_recipe
 from cssbench.reports import literature
 
 NAMES = sorted(registry.toml_files("recipes"))

@@ -21,7 +21,7 @@ import tomli_w
 import torch
 
 import cssbench
-from cssbench import base_facts, checkpoint, config, shared, task_loop, validate
+from cssbench import base_facts, checkpoint, config, recipes, shared, task_loop, validate
 from cssbench.api import Batch, ConfigError, Method, StepContext
 from cssbench.base_facts import is_plain
 from cssbench.baselines.finetune import FineTune
@@ -98,7 +98,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
 
 
 def build(recipe: dict[str, Any], out: Path, *changes: str) -> Experiment:
-    return build_experiment(resolve(config.validate(config.override(recipe, list(changes)), "test")), out, ["test"])
+    return build_experiment(resolve(config.validate(recipes.override(recipe, list(changes)), "test")), out, ["test"])
 
 
 def go(made: Experiment, store: Path | None) -> RunFolder:

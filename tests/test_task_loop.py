@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from cssbench import config, protocol
+from cssbench import config, protocol, recipes
 from cssbench.experiment import build_experiment, resolve
 from cssbench.results import RunFolder, read_json
 from cssbench.scenario import stems_digest
@@ -56,7 +56,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def start(recipe: dict[str, Any], out: Path, *changes: str) -> RunFolder:
     torch.set_num_threads(1)
-    made = build_experiment(resolve(config.validate(config.override(recipe, list(changes)), "test")), out, ["test"])
+    made = build_experiment(resolve(config.validate(recipes.override(recipe, list(changes)), "test")), out, ["test"])
     made.folder.create()
     run(made)
     return RunFolder.read(out)
@@ -189,7 +189,7 @@ def test_a_changed_checkpoint_is_refused(finished: RunFolder, tmp_path: Path):
 
 
 def test_resume_on_other_data_is_refused(finished: RunFolder, tmp_path: Path):
-    other = config.override(finished.config.dump(), ["data.options.train=25"])
+    other = recipes.override(finished.config.dump(), ["data.options.train=25"])
     with pytest.raises(Exception, match="started on other data"):
         build_experiment(config.validate(other, "test"), finished.path)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from cssbench import config
+from cssbench import config, recipes
 from cssbench.experiment import Experiment, build_experiment, resolve
 from cssbench.results import RunFolder
 from cssbench.task_loop import run
@@ -43,7 +43,7 @@ def make_recipe(folder: Path, model: dict[str, Any]) -> dict[str, Any]:
 
 def build(recipe: dict[str, Any], out: Path, *changes: str) -> Experiment:
     torch.set_num_threads(1)
-    return build_experiment(resolve(config.validate(config.override(recipe, list(changes)), "test")), out, ["test"])
+    return build_experiment(resolve(config.validate(recipes.override(recipe, list(changes)), "test")), out, ["test"])
 
 
 def start(recipe: dict[str, Any], out: Path, *changes: str) -> RunFolder:

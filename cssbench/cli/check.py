@@ -35,10 +35,10 @@ def check(
     ] = None,
 ) -> None:
     """Run the conformance kit on a method, with tiny models on generated scenes. Exit code 1 when it fails."""
-    from cssbench import config
+    from cssbench import config, recipes
     from cssbench.testing import Refused, conformance
 
-    options = config.override({"method": {}, "model": {}}, changes or [])
+    options = recipes.override({"method": {}, "model": {}}, changes or [])
     if unknown := sorted(options.keys() - {"method", "model"}):
         raise ConfigError(f"cssbench check --set takes method.key=value and model.key=value, not {unknown[0]!r}.")
     cls, source = _find(method)

@@ -1,11 +1,15 @@
-"""`cssbench list ...`: what is installed, and from which distribution. Imports no method, model, dataset or report.
+"""`cssbench list ...`: what is installed, and from which distribution. Imports no method, dataset or report, and models
+only to count what they cost.
 
 What is wrong with installed packages stands below the table, on stderr; it stops nothing.
 """
 
 from __future__ import annotations
 
+import re
+import sys
 from enum import StrEnum
+from itertools import takewhile
 from typing import Annotated
 
 import typer
@@ -21,6 +25,7 @@ class Kind(StrEnum):
 
     methods = "methods"
     models = "models"
+    presets = "presets"
     datasets = "datasets"
     scenarios = "scenarios"
     recipes = "recipes"
@@ -28,7 +33,7 @@ class Kind(StrEnum):
     reports = "reports"
 
 
-Rows = list[tuple[str, str, str]]
+Rows = list[tuple[str, ...]]
 
 
 def register(app: typer.Typer) -> None:
@@ -36,9 +41,12 @@ def register(app: typer.Typer) -> None:
 
 
 def list_parts(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> None:
-    """List installed methods, models, datasets, scenarios, recipes, protocols or reports."""
+    """List installed methods, models with their cost, presets, datasets, scenarios, recipes, protocols or reports."""
     one = kind.value.removesuffix("s")
-    if kind in (Kind.scenarios, Kind.recipes):
+    headings: tuple[str, ...]
+    if kind == Kind.models:
+        headings, (rows, complaints) = (one, "from", "M parameters", "GFLOPs", "source"), _models()
+    elif kind in (Kind.scenarios, Kind.recipes, Kind.presets):
         headings, (rows, complaints) = (one, "from", "description"), _files(kind.value)
     elif kind == Kind.protocols:
         headings, (rows, complaints) = (one, "used by", "what it does"), _protocols()
@@ -48,6 +56,8 @@ def list_parts(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> N
     for row in rows:
         table.add_row(*map(_plain, row))
     Console(markup=False).print(table)
+    if kind == Kind.models:
+        typer.echo("At 512 px with 150 classes; one multiply-add = 1 FLOP. Models with their defaults, then presets.")
     warnings = Console(stderr=True, markup=False, highlight=False)
     for complaint in complaints:
         warnings.print("Warning:", style="bold yellow", end=" ")
@@ -57,6 +67,37 @@ def list_parts(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> N
 def _parts(group: str) -> tuple[Rows, list[str]]:
     rows = [(part.name, part.distribution, part.entry_point.value) for part in registry.parts(group).values()]
     return rows, registry.catalogue(group).complaints + registry.missing_modules(group)
+
+
+def _models() -> tuple[Rows, list[str]]:
+    from cssbench import recipes
+    from cssbench.profile import typical_cost
+
+    rows, complaints = [], _parts("models")[1] + registry.toml_catalogue("presets").complaints
+    owners = {name: part.distribution for name, part in registry.parts("models").items()}
+    for name in (*owners, *recipes.known_presets()):
+        owner = owners.get(name) or registry.toml_files("presets")[name][0]
+        parameters = gflops = source = "-"
+        try:
+            count, cost = typical_cost(name)
+            parameters, gflops = f"{count / 1e6:.1f}", "by image" if cost is None else f"{cost:.1f}"
+            source = _source(name)
+        except Exception as error:  # a stranger's model may raise anything
+            complaints.append(f"The model {name!r} of the distribution {owner!r} cannot be counted: {error}")
+        rows.append((name, owner, parameters, gflops, source))
+    return rows, complaints
+
+
+def _source(name: str) -> str:
+    """The sentence that follows "Source:" in a preset's header, or in the docstring of a model's module."""
+    if name in registry.parts("models"):
+        text = sys.modules[registry.load("models", name).__module__].__doc__ or ""
+    else:
+        header = registry.toml_files("presets")[name][1].read_text(encoding="utf-8").splitlines()
+        text = "\n".join(line.removeprefix("# ") for line in takewhile(lambda line: line.startswith("#"), header))
+    _, _, after = re.sub(r"Sources:", "Source:", text).partition("Source: ")
+    paragraph = " ".join(after.partition("\n\n")[0].split())
+    return re.split(r"\.(?: [A-Z]|$)", paragraph)[0] or "-"
 
 
 def _files(group: str) -> tuple[Rows, list[str]]:

@@ -23,7 +23,10 @@ def register(app: typer.Typer) -> None:
 
 
 def profile(
-    model: Annotated[str, typer.Argument(help="An installed model, or a recipe: its [model].")],
+    model: Annotated[
+        str,
+        typer.Argument(help="A name of `cssbench list models`, a recipe, or a run folder: its weights."),
+    ],
     size: Annotated[
         int | None, typer.Option(min=1, help="Side of the input, px; default: the recipe's crop, 512.")
     ] = None,
@@ -33,11 +36,22 @@ def profile(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     timed: Annotated[bool, typer.Option("--latency", help="Measure time and memory too.")] = False,
     device: Annotated[str, typer.Option(help="Where --latency and --data run: cpu or cuda.")] = "cpu",
-    data: Annotated[Path | None, typer.Option(help="Data root: count on real images, and take the mean.")] = None,
-    dataset: Annotated[str | None, typer.Option(help="Data set of --data.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Data root: count on real images, and take the mean. Of a run: replaces its own."),
+    ] = None,
+    dataset: Annotated[str | None, typer.Option(help="Data set of --data, unless MODEL is a run folder.")] = None,
     images: Annotated[int, typer.Option(min=1, help="Validation images of --data.")] = 8,
 ) -> None:
-    """FLOPs and parameters per part, and their growth over steps; on request latency and memory."""
+    """FLOPs and parameters per part, and their growth over steps; on request latency and memory.
+
+    A run folder is profiled as its last step left it, on images of its data, so that models whose cost depends on the
+    image show what they really save."""
+    if (Path(model) / "config.toml").is_file():
+        if steps or dataset:
+            raise ConfigError("A run folder has its own steps and data set: leave --steps and --dataset out.")
+        _print(*_stored(Path(model), changes or [], size, data, images, usable(device), timed), as_json)
+        return
     if (data is None) != (dataset is None):
         raise ConfigError("--data ROOT and --dataset NAME belong together: give both or neither.")
     name, options, crop = _chosen(model, changes or [])
@@ -55,6 +69,39 @@ def profile(
     ]
     if timed:
         result["latency"] = costs.step_latency(name, options, cut, side, costs.usable_device(device))
+    _print(result, found, as_json)
+
+
+def usable(device: str) -> str:
+    from cssbench.profile import usable_device
+
+    return usable_device(device)
+
+
+def _stored(
+    folder: Path, changes: list[str], size: int | None, data: Path | None, limit: int, device: str, timed: bool
+) -> tuple[dict[str, Any], list[Cost]]:
+    from cssbench import profile as costs
+    from cssbench.reevaluate import changed_config
+    from cssbench.results import RunFolder
+
+    run = RunFolder.read(folder)
+    settings = changed_config(run, changes)
+    made = costs.stored_model(run, settings, device)
+    side, chosen = size or settings.evaluate.crop, settings.data
+    split = "train" if settings.evaluate.split == "holdout" else settings.evaluate.split
+    root = str(data) if data else chosen.root
+    inputs = costs.images(made, root, run.scenario["dataset"], limit, side, device, split, chosen.options)
+    cost = costs.count(made, inputs)
+    seen = sum(len(group) for group in run.groups[: len(run.records())])
+    result: dict[str, Any] = {"model": settings.model.name, "run": str(folder), "size": side, "convention": CONVENTION}
+    result["steps"] = [{"step": len(run.records()) - 1, "classes": seen, **cost.to_dict()}]
+    if timed:
+        result["latency"] = costs.image_latency(made, inputs)
+    return result, [cost]
+
+
+def _print(result: dict[str, Any], found: list[Cost], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(result, indent=1))
     else:
@@ -63,18 +110,19 @@ def profile(
 
 def _chosen(name: str, changes: list[str]) -> tuple[str, dict[str, Any], int]:
     """Installed model, its options, side of the crop. Raises UnknownNameError, ConfigError."""
-    from cssbench import config, registry
+    from cssbench import recipes, registry
 
-    content: dict[str, Any] = {"model": {"name": name}}
-    if name not in registry.parts("models"):
-        if not name.endswith(".toml") and name not in registry.toml_files("recipes"):
-            known = [*registry.parts("models"), *registry.toml_files("recipes")]
-            raise UnknownNameError("model or recipe", name, known)
-        content = config.read_recipe(name)
+    models, known = [*registry.parts("models"), *recipes.known_presets()], registry.toml_files("recipes")
+    if name in models:
+        content: dict[str, Any] = {"model": recipes.named_model(name)}
+    elif name.endswith(".toml") or name in known:
+        content = recipes.with_preset(recipes.read_recipe(name))
+    else:
+        raise UnknownNameError("model, recipe or run folder", name, [*models, *known])
     for change in changes:
         if not change.strip().startswith("model."):
             raise ConfigError(f"cssbench profile --set takes model.key=value, not {change!r}.")
-    content = config.override(content, changes)
+    content = recipes.override(content, changes)
     options = dict(content.get("model", {}))
     if "name" not in options:
         raise ConfigError(f"Recipe {name!r} names no model: it has no model.name.")

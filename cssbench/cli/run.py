@@ -31,21 +31,34 @@ def run(
     out: Out,
     data: Data = None,
     name: Annotated[str | None, typer.Option("--scenario", help="Short for --set scenario.name=NAME.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Replaces the recipe's [model]: a name of `cssbench list models`, or a path.")
+    ] = None,
     changes: Annotated[list[str] | None, typer.Option("--set", help="Override: section.key=value. May repeat.")] = None,
     shared: Shared = None,
 ) -> None:
     """Run a recipe: every step of its scenario, into a new run folder."""
     chosen = [] if name is None else [f"scenario.name={name!r}"]
-    start_run(recipe, out, data, [*chosen, *(changes or [])], shared)
+    start_run(recipe, out, data, [*chosen, *(changes or [])], shared, model)
 
 
-def start_run(recipe: str, out: Path, data: Path | None, changes: list[str], shared: Path | None = None) -> None:
+def start_run(
+    recipe: str,
+    out: Path,
+    data: Path | None,
+    changes: list[str],
+    shared: Path | None = None,
+    model: str | None = None,
+) -> None:
     """Check everything, then write the run folder and train."""
-    from cssbench import config, provenance
+    from cssbench import config, provenance, recipes
 
-    content = config.override(config.read_recipe(recipe), changes)
+    content = recipes.read_recipe(recipe)
+    if model is not None:
+        content["model"] = _model_for(model, content)
+    content = recipes.override(content, changes)
     if data is not None:
-        content = config.override(content, [f"data.root={str(data.resolve())!r}"])
+        content = recipes.override(content, [f"data.root={str(data.resolve())!r}"])
     wanted = config.validate(content, f"Recipe {recipe!r}")
     if (out / "config.toml").exists():
         _refuse_existing(out, wanted)
@@ -62,6 +75,19 @@ def start_run(recipe: str, out: Path, data: Path | None, changes: list[str], sha
         if made.fabric.is_global_zero and not made.folder.records():
             shutil.rmtree(out)  # a mistake seen late: leave nothing, so that the same --out can be used again
         raise
+
+
+def _model_for(name: str, recipe: dict[str, Any]) -> dict[str, Any]:
+    """The [model] section that --model stands for. A ViT stores its position embeddings for the recipe's crop, unless
+    the preset says for which."""
+    from cssbench import recipes, registry
+
+    section = recipes.named_model(name)
+    backbone: Any = registry.load("models", section["name"]).Config.model_fields.get("backbone")
+    if "image_size" in getattr(getattr(backbone, "annotation", None), "model_fields", {}):
+        crop = recipe.get("augment", {}).get("crop", 512)
+        section["backbone"] = {"image_size": crop} | section.get("backbone", {})
+    return section
 
 
 def _refuse_existing(out: Path, wanted: Any) -> None:

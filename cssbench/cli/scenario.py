@@ -71,8 +71,8 @@ def _step_stems(scene: Any, data: Path | None, index: Path | None, option: list[
 
 def open_dataset(name: str, root: Path, option: list[str] | None) -> Any:
     """The dataset at `root` with `key=value` options."""
-    from cssbench.config import override
     from cssbench.data.registry import make_dataset
+    from cssbench.recipes import override
 
     return make_dataset(name, str(root), override({}, option or []))
 
