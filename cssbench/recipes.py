@@ -41,12 +41,7 @@ def with_preset(content: dict[str, Any]) -> dict[str, Any]:
     """
     model = content.get("model")
     name = model.get("name") if isinstance(model, dict) else None
-    if (
-        not isinstance(model, dict)
-        or not isinstance(name, str)
-        or name in registry.parts("models")
-        or name not in known_presets()
-    ):
+    if not isinstance(model, dict) or not isinstance(name, str) or name not in known_presets():
         return content
     own = {key: value for key, value in model.items() if key != "name"}
     return {**content, "model": _merged(read_preset(name), own)}

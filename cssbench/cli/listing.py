@@ -65,7 +65,7 @@ def list_parts(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> N
 
 
 def _parts(group: str) -> tuple[Rows, list[str]]:
-    rows = [(part.name, part.distribution, part.entry_point.value) for part in registry.parts(group).values()]
+    rows: Rows = [(part.name, part.distribution, part.entry_point.value) for part in registry.parts(group).values()]
     return rows, registry.catalogue(group).complaints + registry.missing_modules(group)
 
 
@@ -73,7 +73,8 @@ def _models() -> tuple[Rows, list[str]]:
     from cssbench import recipes
     from cssbench.profile import typical_cost
 
-    rows, complaints = [], _parts("models")[1] + registry.toml_catalogue("presets").complaints
+    rows: Rows = []
+    complaints = _parts("models")[1] + registry.toml_catalogue("presets").complaints
     owners = {name: part.distribution for name, part in registry.parts("models").items()}
     for name in (*owners, *recipes.known_presets()):
         owner = owners.get(name) or registry.toml_files("presets")[name][0]
@@ -97,11 +98,12 @@ def _source(name: str) -> str:
         text = "\n".join(line.removeprefix("# ") for line in takewhile(lambda line: line.startswith("#"), header))
     _, _, after = re.sub(r"Sources:", "Source:", text).partition("Source: ")
     paragraph = " ".join(after.partition("\n\n")[0].split())
-    return re.split(r"\.(?: [A-Z]|$)", paragraph)[0] or "-"
+    return re.split(r"(?<!al)\.(?: |$)|: ", paragraph)[0] or "-"
 
 
 def _files(group: str) -> tuple[Rows, list[str]]:
-    rows, unreadable = [], []
+    rows: Rows = []
+    unreadable = []
     for name, (distribution, file) in registry.toml_files(group).items():
         try:
             content = registry.read_toml(group, name)
@@ -117,7 +119,8 @@ def _protocols() -> tuple[Rows, list[str]]:
     from cssbench.protocol import catalogue
 
     found = catalogue()
-    return [(p.id, p.used_by, p.summary) for p in found.found.values()], found.complaints
+    rows: Rows = [(p.id, p.used_by, p.summary) for p in found.found.values()]
+    return rows, found.complaints
 
 
 def _plain(text: str) -> str:
