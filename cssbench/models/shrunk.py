@@ -150,7 +150,7 @@ class Shrunk(SegViT):
         features = [to_map(shallow, grid), to_map(final, final_grid)]
         kept = torch.tensor([tokens.shape[1] for tokens in deep for _ in tokens])
         heads: list[ATMHead] = list(self.heads)  # type: ignore[arg-type]
-        options = (self.has_background, self.config.pixel_form)
+        options = (self.has_background, self.config.pixel_form, self.ce)
         return ShrunkOutput(size, features, stages, heads, *options, edges=logits, kept=kept)
 
     def _encode(
