@@ -127,7 +127,8 @@ layers and matrix products (attention's too), LayerNorm (5 per element), batch n
 output element): the head's upsampling and one more resize of the scores to the image. Softmax, activations and sums are
 free. Two things differ from fvcore: it drops what no output depends on, here all that runs counts; and the public v2
 head writes P sigmoid(M) as an einsum, which counts (classes x crop^2), where ours is an element-wise product, which is
-free. The rows of v2 heads below add it. "Public code" is what the papers' code gave under the same rule.
+free. The rows of v2 heads below add it. "Public code" is what the papers' code gave under the same rule. What the
+decoders are, and what each step adds to them: [decoders.md](decoders.md).
 
 """
 

@@ -228,8 +228,7 @@ def test_methods_refuse_what_it_does_not_train(method: Any, options: dict[str, A
         method(method.Config(**options)).start_step(context)
 
 
-@pytest.mark.parametrize("method", [SegViTCL, MiB])
-@pytest.mark.parametrize("logits", ["masks", "scores"])
+@pytest.mark.parametrize(("method", "logits"), [(SegViTCL, "masks"), (MiB, "scores")])
 def test_methods_keep_every_promise_with_it(method: Any, logits: str):
     findings = conformance(method, model="segvit", loss="ce", ce={"logits": logits})
     assert [one for one in findings if one.passed is not True] == []
