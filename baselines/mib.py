@@ -69,6 +69,11 @@ class MiB(Method):
                 f"method.form = 'query' needs a model with ATM heads ('segvit'), not {type(ctx.model).__name__}. "
                 f"Use method.form = 'pixel'."
             )
+        if self.config.form == "query" and isinstance(ctx.model, SegViT) and not ctx.model.trains_classes:
+            raise ConfigError(
+                "method.form = 'query' distils class outputs, which model.loss = 'ce' does not train. Use method.form "
+                "= 'pixel', or model.loss = 'mask'."
+            )
         if ctx.step.index > 0 and self.config.balanced_init and isinstance(ctx.model, PixelSegmenter):
             ctx.model.init_from_background()
 

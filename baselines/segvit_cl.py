@@ -50,6 +50,13 @@ class SegViTCL(Method):
             raise ConfigError(
                 f"Method 'segvit-cl' needs a model with ATM heads, not {type(ctx.model).__name__}. Use model 'segvit'."
             )
+        if self.config.calibration != "none" and not ctx.model.trains_classes:
+            raise ConfigError(
+                f"method.calibration = {self.config.calibration!r} changes presence probabilities, which model.loss = "
+                f"'ce' does not train. Set method.calibration = 'none', or model.loss = 'mask'."
+            )
+        if self.config.absent_weight is not None and ctx.model.ce is not None:
+            raise ConfigError("method.absent_weight is of the mask losses. Remove it, or set model.loss = 'mask'.")
         if self.config.calibration == "temperature" and ctx.holdout_loader is None:
             raise ConfigError("method.calibration = 'temperature' needs held-out images: set data.holdout above 0.")
         if ctx.step.index > 0:

@@ -82,6 +82,13 @@ ROWS = [
         note="as a plain ViT-L, v1 head; which head, and BEiT's share, is not said"),
     Row("SETR-naive, ViT-B", "thesis 4.7", 107.3, 107.24, "setr-naive", {"backbone": {**B, "layers": [12]}},
         note="ours has background as a 151st output and a last LayerNorm"),
+    Row("Segmenter ViT-B, ADE20K", "thesis 4.1", 129.6, None, "segmenter", {"backbone": {**B, "layers": [12]}},
+        note="ours has background as a 151st output"),
+    Row("Segmenter ViT-L, ADE20K", "thesis 4.1", 671.8, None, "segmenter", {"backbone": {**L, "layers": [24]}}, 640,
+        note="ours has background as a 151st output"),
+    Row("Segmenter ViT-L, PASCAL-Context", "thesis 4.3", 346.2, None, "segmenter",
+        {"backbone": {**L, "layers": [24]}}, 480, 59,
+        note="for how many classes is not said: 346.0 with ADE20K's 150"),
     Row("ATM, 1 stage, ViT-B", "thesis 4.7", 115.8, 115.77, "segvit", segvit(B, layers=[12])),
     Row("QD alone, ViT-B", "thesis 4.7", 74.1, 74.10, "shrunk", shrunk(B, upsample=False)),
     Row("Shrunk v1 ViT-B", "thesis 4.7", 97.1, 97.07, "shrunk", shrunk(B)),
@@ -120,7 +127,8 @@ layers and matrix products (attention's too), LayerNorm (5 per element), batch n
 output element): the head's upsampling and one more resize of the scores to the image. Softmax, activations and sums are
 free. Two things differ from fvcore: it drops what no output depends on, here all that runs counts; and the public v2
 head writes P sigmoid(M) as an einsum, which counts (classes x crop^2), where ours is an element-wise product, which is
-free. The rows of v2 heads below add it. "Public code" is what the papers' code gave under the same rule.
+free. The rows of v2 heads below add it. "Public code" is what the papers' code gave under the same rule. What the
+decoders are, and what each step adds to them: [decoders.md](decoders.md).
 
 """
 

@@ -13,7 +13,7 @@ from cssbench.config import PartChoice, part_config
 from cssbench.errors import ConfigError, ModelError
 from cssbench.losses.mask import class_presence, mask_losses, presence_loss
 from cssbench.models.atm import ATMConfig, MaskPrediction
-from cssbench.models.dtop import DToP, DToPOutput, StagedATM, TokenATM, own_labels
+from cssbench.models.dtop import DToP, DToPOutput, StagedATM, TokenATM
 from cssbench.models.segvit import SegViT
 from cssbench.profile import build_model, count, cut_steps, no_image
 from cssbench.scenario import Step
@@ -255,12 +255,6 @@ def test_a_cell_that_left_at_an_fcn_shows_its_probability_as_mask():
     torch.testing.assert_close(shown[cells], expected[cells])
 
 
-def test_labels_of_one_step():
-    labels = torch.tensor([[0, 1, 3, 4, 5, 6, 255]])
-    assert own_labels(labels, range(4, 6)).tolist() == [[0, 0, 0, 1, 2, 0, 255]]
-    assert own_labels(labels, range(4)).tolist() == [[0, 1, 3, 0, 0, 0, 255]]  # background is one of its outputs
-
-
 # Growth
 
 
@@ -359,6 +353,7 @@ def test_the_first_version_of_the_head_votes_too():
         ({"backbone": {**VIT, "layers": [1, 3], "prefix_tokens": "keep"}}, "prefix_tokens = 'drop'"),
         ({"backbone": {**VIT, "layers": [1, 4]}}, "from 1 to 3"),
         ({"assembly": "own", "upsample": "logits"}, "model.upsample = 'product'"),
+        ({"loss": "ce"}, "model.loss = 'mask'"),
     ],
 )
 def test_bad_options_name_what_is_allowed(options: dict, told: str):

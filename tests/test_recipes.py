@@ -239,6 +239,14 @@ VIT = {
                 "photometric": True},
     "evaluate": {"geometries": ["full", "crop"], "inference": "slide", "window": 512, "stride": 341, "split": "val"},
 }  # fmt: skip
+SEGMENTER = {
+    "optim": {"name": "sgd", "lr": 1e-3, "later_lr": None, "weight_decay": 0, "momentum": 0.9, "power": 0.9,
+              "head_lr_scale": 1, "warmup": 0, "clip": None, "min_lr": 1e-5},
+    "train": {"batch_size": 8, "epochs": 64, "iterations": None},
+    "augment": VIT["augment"],
+    "evaluate": VIT["evaluate"] | {"stride": 512},
+}  # fmt: skip
+FIGURES = {"deeplabv3": RESNET, "vit-linear": VIT, "segvit": VIT, "segmenter": SEGMENTER}
 DIFFERENCES: dict[str, dict[str, dict[str, Any]]] = {
     "ade20k-reminder-deeplabv3": {"optim": {"later_lr": 0.0008}, "train": {"batch_size": 10, "epochs": [60, 70]}},
     "ade20k-segvit-cl-segvit": {"optim": {"later_lr": None}},
@@ -260,6 +268,7 @@ ADE = {
     for method, model in [
         *product(PIXEL, ("deeplabv3", "vit-linear")),
         *product(("segvit-cl", "finetune", "joint", "mib", "plop", "reminder"), ("segvit",)),
+        ("joint", "segmenter"),
     ]
 }
 
@@ -271,8 +280,7 @@ def test_the_ade20k_recipes_are_these():
 @pytest.mark.parametrize("name", ADE)
 def test_ade20k_recipes_hold_the_public_figures(name: str):
     (method, model), found = ADE[name], resolved(name)
-    figures = RESNET if model == "deeplabv3" else VIT
-    for section, values in figures.items():
+    for section, values in FIGURES[model].items():
         wanted = values | DIFFERENCES.get(name, {}).get(section, {})
         assert {key: getattr(getattr(found, section), key) for key in wanted} == wanted
     assert found.scenario.name == ("ade20k-joint" if method == "joint" else "ade20k-100-50")
@@ -294,14 +302,18 @@ def test_ade20k_recipes_are_made_for_pre_trained_weights(name: str):
         assert model["decay_all"] is True
     else:
         assert (backbone["layers"], backbone["image_size"], backbone["drop_path"]) == ([6, 8, 12], 512, 0.1)
-        assert backbone["mean"] == [0.485, 0.456, 0.406]
+        assert backbone["mean"] == ([0.5] * 3 if ADE[name][1] == "segmenter" else [0.485, 0.456, 0.406])
+    if ADE[name][1] == "segmenter":
+        assert (model["decoder_layers"], model["dropout"], model["class_norm"]) == (2, 0.1, "base")
+        assert (backbone["prefix_tokens"], model["reduction"]) == ("keep", "valid")
     with pytest.raises(ModelError, match=r"checkpoint names '.*\.safetensors', which is not a file"):
         make_model(resolved(name))
 
 
 METHODS = {"ilt": "ILT", "mib": "MiB", "plop": "PLOP", "reminder": "REMINDER", "segvit-cl": "SegViT-CL",
            "finetune": "finetune", "lwf": "LwF", "joint": "joint"}  # fmt: skip
-BACKBONES = {"deeplabv3": "DeepLabV3-R101", "vit-linear": "DeepLabV3-ViT-B", "segvit": "SegViT-ViT-B"}
+BACKBONES = {"deeplabv3": "DeepLabV3-R101", "vit-linear": "DeepLabV3-ViT-B", "segvit": "SegViT-ViT-B",
+             "segmenter": "Segmenter-ViT-B"}  # fmt: skip
 FIGURE = r"\d+\.\d+"
 
 

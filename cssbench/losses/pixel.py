@@ -91,3 +91,13 @@ def reduce_pixels(loss: Tensor, valid: Tensor, reduction: Reduction, weight: Ten
     if reduction == "all":
         return loss.sum() / max(1, loss.numel())
     return loss.sum() / valid.sum().clamp(min=1)
+
+
+def own_labels(labels: Tensor, positions: range, other: int) -> Tensor:
+    """Labels as the outputs of one head see them: its own positions as 0, 1, ..., 255 as it is, all else as `other`.
+
+    labels: integers, any shape. positions: those of the head, in the order of its outputs. Returns int64.
+    """
+    labels = labels.long()
+    own = (labels >= positions.start) & (labels < positions.stop)
+    return torch.where(own, labels - positions.start, torch.where(labels == IGNORE, IGNORE, other))

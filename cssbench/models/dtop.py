@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from cssbench.errors import ModelError
 from cssbench.losses.mask import IgnoreMode
-from cssbench.losses.pixel import cross_entropy, full_precision
+from cssbench.losses.pixel import cross_entropy, full_precision, own_labels
 from cssbench.models.atm import ATMConfig, ATMHead, MaskPrediction
 from cssbench.models.backbone import Backbone, to_map
 from cssbench.models.exits import ExitOptions, Survivors
@@ -28,7 +28,6 @@ from cssbench.models.packed import Packed
 from cssbench.models.segmenter import autograd_off
 from cssbench.models.segvit import MaskOutput, SegViT
 from cssbench.models.setr import NaiveHead
-from cssbench.scenario import IGNORE
 
 EPSILON = 1e-6
 
@@ -155,6 +154,8 @@ class DToP(SegViT):
         super().__init__(config)
         self.config: DToP.Config
         check_taps(self.backbone, "dtop")
+        if config.loss != "mask":
+            raise ModelError("Model 'dtop' grades tokens by class and mask, which model.loss = 'mask' trains.")
         if config.assembly == "own" and config.upsample == "logits":
             raise ModelError("model.assembly = 'own' has no mask logits to upsample: set model.upsample = 'product'.")
 
@@ -255,17 +256,9 @@ class DToP(SegViT):
             pairs = list(zip(output.logits_of, self.positions, strict=True))
             total = terms["class"].new_zeros(())
             for made, positions in pairs[-1:] if newest_only else pairs:
-                own = own_labels(labels, positions)
+                own = own_labels(labels, range(max(1, positions.start) - 1, positions.stop), other=0)
                 for logits in made:
                     full = F.interpolate(full_precision(logits), labels.shape[-2:], mode="bilinear")
                     total = total + cross_entropy(full, own, "all", weight)
             terms["auxiliary"] = self.config.fcn_weight * total
         return terms
-
-
-def own_labels(labels: Tensor, positions: range) -> Tensor:
-    """Labels (B, H, W) of positions as one step's FCN has them: its classes 1, 2, ..., all else 0, but 255."""
-    first = max(1, positions.start)
-    inside = (labels >= first) & (labels < positions.stop)
-    own = torch.where(inside, labels - first + 1, torch.zeros_like(labels))
-    return own.masked_fill(labels == IGNORE, IGNORE)

@@ -1,7 +1,7 @@
 """Plain ViT with one linear head per step: the per-pixel baseline on the backbone that SegViT uses.
 
-Sources: the linear decoder of Segmenter (Strudel et al. 2021); background as an explicit output and logits upsampled
-before the loss as in the public code of MiB and PLOP, so that their losses carry over unchanged.
+Sources: this is Segmenter's linear decoder (Strudel et al. 2021, section 3.2); background as an explicit output and
+logits upsampled before the loss as in the public code of MiB and PLOP, so that their losses carry over unchanged.
 Known deviations: the final LayerNorm is fresh, not the pre-trained one (`Backbone` leaves that out).
 """
 

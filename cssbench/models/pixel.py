@@ -91,5 +91,5 @@ def require_pixel_output(model: Segmenter, method: str) -> None:
         raise ConfigError(
             f"Method {method!r} needs a model with per-pixel logits and features to distil (one whose class says "
             f"`pixel_output = True`), not {type(model).__name__}. Use model 'vit-linear', 'setr-naive', "
-            f"'deeplabv3' or 'segvit'."
+            f"'segmenter', 'deeplabv3' or 'segvit'."
         )

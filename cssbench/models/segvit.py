@@ -17,9 +17,11 @@ from pydantic import Field
 from torch import Tensor
 
 from cssbench.config import Section
+from cssbench.errors import ModelError
 from cssbench.losses.mask import IgnoreMode, class_presence, mask_losses, presence_loss
 from cssbench.losses.pixel import full_precision
 from cssbench.models.atm import ATMConfig, ATMHead, MaskPrediction, head_width
+from cssbench.models.atm_ce import CrossEntropyConfig, head_loss, head_scores
 from cssbench.models.backbone import Backbone, BackboneConfig, to_map
 from cssbench.models.segmenter import Segmenter, SegOutput, autograd_off
 from cssbench.scenario import Step
@@ -32,13 +34,14 @@ class MaskOutput(SegOutput):
     """Predictions of every head and stage: `stages[t][s]` of step t, or None where a frozen head was skipped.
 
     `heads` are the model's head modules (for probabilities), in step order. `has_background`, `pixel_form`: the model's
-    options.
+    options; `ce`: its options of the cross-entropy, None with the mask losses.
     """
 
     stages: list[list[MaskPrediction] | None] = field(default_factory=list)
     heads: list[ATMHead] = field(default_factory=list, repr=False)
     has_background: bool = False
     pixel_form: PixelForm = "log_scores"
+    ce: CrossEntropyConfig | None = None
 
     @property
     def final(self) -> list[tuple[ATMHead, MaskPrediction]]:
@@ -52,7 +55,12 @@ class MaskOutput(SegOutput):
 
         Heads that were skipped are left out: ask for scores in eval mode.
         """
-        return torch.cat([head.scores(prediction, self.size) for head, prediction in self.final], dim=1)
+        if self.ce is None:
+            return torch.cat([head.scores(prediction, self.size) for head, prediction in self.final], dim=1)
+        own_background = self.heads[0] if self.has_background else None
+        return torch.cat(
+            [head_scores(head, made, self.size, self.ce, head is own_background) for head, made in self.final], dim=1
+        )
 
     @cached_property
     def logits(self) -> Tensor:
@@ -98,7 +106,8 @@ class MaskOutput(SegOutput):
 
 
 class SegViT(Segmenter):
-    """Options in `Config`; loss = sum over heads and stages of class + 20 focal + 1 dice (thesis eq. 4.4)."""
+    """Options in `Config`; loss = sum over heads and stages of class + 20 focal + 1 dice (thesis eq. 4.4), or of a
+    per-pixel cross-entropy (`loss = "ce"`: see `cssbench.models.atm_ce`)."""
 
     class Config(Section):
         """backbone: the encoder and its taps; head: the ATM decoder; the rest: the loss."""
@@ -118,6 +127,8 @@ class SegViT(Segmenter):
         pixel_form: PixelForm = Field(
             "log_scores", description="per-pixel logits for methods that need them: see MaskOutput.pixel_logits"
         )
+        loss: Literal["mask", "ce"] = Field("mask", description="class, focal and dice terms; or cross-entropy (ce)")
+        ce: CrossEntropyConfig = CrossEntropyConfig()
 
     pixel_output = True
 
@@ -130,10 +141,26 @@ class SegViT(Segmenter):
         self.pixel_mean, self.pixel_std = self.backbone.pixel_mean, self.backbone.pixel_std
         self.has_background = config.background_query
         self.positions: list[range] = []
+        self.ce = config.ce if config.loss == "ce" else None
+        if not self.trains_classes and config.pixel_form == "class_times_mask":
+            raise ModelError(
+                "model.pixel_form = 'class_times_mask' reads the class output, which model.loss = 'ce' does not train. "
+                "Set model.pixel_form = 'log_scores', or model.ce.logits = 'scores'."
+            )
+
+    @property
+    def trains_classes(self) -> bool:
+        """Does the loss train the heads' class output?"""
+        return self.ce is None or self.ce.logits == "scores"
 
     def grow(self, step: Step) -> None:
         first, last = step.new_positions.start, step.new_positions.stop
         positions = range(0 if step.index == 0 and self.has_background else first, last)
+        if self.ce is not None and self.ce.background == "ignored" and len(positions) == 1:
+            raise ModelError(
+                "This step brings one class, and model.ce.background = 'ignored' leaves its softmax nothing else to "
+                "tell it from. Set model.ce.background = 'output', or model.loss = 'mask'."
+            )
         self.heads.append(self.make_head(len(positions)).to(next(self.parameters()).device))
         self.positions.append(positions)
 
@@ -154,7 +181,7 @@ class SegViT(Segmenter):
                 stages.append(None if frozen and skip else head(taps, grid))
         features = [to_map(tap, grid) for tap in taps]
         heads: list[ATMHead] = list(self.heads)  # type: ignore[arg-type]
-        return MaskOutput(size, features, stages, heads, self.has_background, self.config.pixel_form)
+        return MaskOutput(size, features, stages, heads, self.has_background, self.config.pixel_form, self.ce)
 
     def loss(
         self,
@@ -168,19 +195,23 @@ class SegViT(Segmenter):
     ) -> dict[str, Tensor]:
         """Sum over the heads that ran and their stages. A head none of whose classes occurs learns their absence.
 
-        absent_weight, ignore_mode: instead of the model's own.
+        absent_weight, ignore_mode: instead of the model's own; no part of the cross-entropy, which leaves 255 out.
         weight: (B,) factor per image; mask losses pool the images of a batch, so the mean factor scales every term.
         newest_only: leave old heads out: their classes are not labelled at this step, which is not absence.
         """
+        triples = list(zip(output.heads, output.stages, self.positions, strict=True))
+        chosen = triples[-1:] if newest_only else triples
+        ran = [(head, stages, positions) for head, stages, positions in chosen if stages is not None]
+        if self.ce is not None:
+            made = [(head, prediction, positions) for head, stages, positions in ran for prediction in stages]
+            terms = [head_loss(head, prediction, labels, own, self.ce, weight) for head, prediction, own in made]
+            return {"ce": torch.stack(terms).sum()}
         config = self.config
         absent_weight = config.absent_weight if absent_weight is None else absent_weight
         ignore_mode = ignore_mode or config.ignore_mode
         total = {"class": labels.new_zeros((), dtype=torch.float32)}
         total |= {"focal": total["class"], "dice": total["class"]}
-        pairs = list(zip(output.stages, self.positions, strict=True))
-        for stages, positions in pairs[-1:] if newest_only else pairs:
-            if stages is None:
-                continue
+        for _, stages, positions in ran:
             found = atm_terms(stages, labels, positions, absent_weight, ignore_mode)
             total["class"] = total["class"] + found["class"]
             total["focal"] = total["focal"] + config.focal_weight * found["focal"]

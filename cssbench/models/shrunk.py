@@ -152,7 +152,7 @@ class Shrunk(SegViT):
         features = [to_map(shallow, grid), to_map(final, final_grid)]
         kept = torch.tensor([tokens.shape[1] for tokens in deep for _ in tokens])
         heads: list[ATMHead] = list(self.heads)  # type: ignore[arg-type]
-        options = (self.has_background, self.config.pixel_form)
+        options = (self.has_background, self.config.pixel_form, self.ce)
         depths = torch.where(self._goes_on(grid, logits, edges), len(self.backbone.blocks), self.config.down_layer)
         depths = depths.expand(len(images), -1).unflatten(1, grid)
         return ShrunkOutput(size, features, stages, heads, *options, edges=logits, kept=kept, depths=depths)

@@ -27,6 +27,11 @@ VIT = {"name": "vit_tiny_patch16_224", "image_size": SIDE, "patch": 8, "width": 
 TINY: dict[str, dict[str, Any]] = {
     "vit-linear": {"backbone": {**VIT, "layers": [1, 2], "drop_path": 0.0}},
     "setr-naive": {"backbone": {**VIT, "layers": [1, 2], "drop_path": 0.0}, "head_width": 16},
+    "segmenter": {
+        "backbone": {**VIT, "layers": [1, 2], "drop_path": 0.0},
+        "decoder_layers": 1,
+        "decoder_heads": 2,
+    },
     "deeplabv3": {"backbone": {"name": "resnet10t"}, "width": 16, "dilations": [1, 2]},
     "segvit": {
         "backbone": {**VIT, "layers": [1, 2], "drop_path": 0.0},
