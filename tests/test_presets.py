@@ -109,7 +109,7 @@ def test_list_tells_sources_and_costs(command: Any):
     assert rows["segvit-b-shrunk"][3] == "97.1"
     assert rows["segvit-b-dtop"][3:5] == ["by", "image"]
     assert "-" not in [row[2] for row in rows.values()]
-    assert rows["segvit-b"][4:8] == ["thesis", "section", "4.2.1,", "Table"]
+    assert rows["segvit-b"][4:7] == ["thesis", "section", "4.2.1,"]
 
 
 def test_costs_of_presets_against_the_papers():
