@@ -179,9 +179,9 @@ class MaskTransformerViT(LinearViT):
         """MiB's start of a step: the newest head copies step 0's, its N class embeddings are background's, and they
         share background's probability evenly with it.
 
-        Exact as far as a class embedding's way through the layers does not depend on the others, which attention lets
-        it: then the probability of every old class stays what it was. With `class_norm = "seen"` it moves. Raises
-        ModelError with "head", where equal outputs are normalised to 0, whatever the background's were.
+        Exact but for attention, where an embedding sees the others of its head, and the new head has other ones:
+        without it the probability of every old class would stay what it was. With `class_norm = "seen"` all move.
+        Raises ModelError with "head", where equal outputs are normalised to 0, whatever the background's were.
         """
         if self.config.class_norm == "head":
             raise ModelError(
