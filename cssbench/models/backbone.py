@@ -76,7 +76,7 @@ class Backbone(nn.Module):
         self.pixel_std = tuple(config.std or default.get("std") or (0.5,) * 3)
         self.prefix: int = self.vit.num_prefix_tokens if config.prefix_tokens == "keep" else 0
         if config.prefix_tokens == "drop":
-            for name in ("cls_token", "reg_token", "dist_token"):
+            for name in ("cls_token", "reg_token"):
                 token = getattr(self.vit, name, None)
                 if token is not None:
                     token.requires_grad_(False)
@@ -137,7 +137,7 @@ class Backbone(nn.Module):
 
     def no_decay_names(self) -> set[str]:
         """Parameters with more than one dimension that are to have no weight decay: embeddings and biases."""
-        tokens = {"pos_embed", "cls_token", "reg_token", "dist_token", "rope.freqs"}
+        tokens = {"pos_embed", "cls_token", "reg_token", "rope.freqs"}
         names = (name for name, _ in self.vit.named_parameters())
         return {f"vit.{name}" for name in names if name in tokens or name.endswith("relative_position_bias_table")}
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import difflib
 import functools
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from timm.layers import PatchEmbed, resample_abs_pos_embed, resize_rel_pos_bias_table
+from timm.layers import PatchEmbed
 from timm.models import beit, eva, vision_transformer
 from timm.models.beit import Beit
 from timm.models.eva import Eva
@@ -60,10 +62,8 @@ class PlainFamily:
 
 
 class BeitFamily(PlainFamily):
-    """`Beit`: BEiT, BEiT v2. Every block adds a learned bias to the attention's logits, by the offset between cells.
-
-    At another grid than the model's, the biases are resized as timm resizes those of a checkpoint.
-    """
+    """`Beit`: BEiT, BEiT v2. Every block adds a learned bias to the attention's logits, by the offset between cells; no
+    token has a position embedding. At another grid than the model's, the biases are resized (`resized_offsets`)."""
 
     kind = Beit
     arguments: dict[str, Any] = {}  # noqa: RUF012
@@ -74,10 +74,7 @@ class BeitFamily(PlainFamily):
 
     @staticmethod
     def embed(vit: Any, images: Tensor, grid: Grid) -> Tensor:
-        tokens = torch.cat([vit.cls_token.expand(len(images), -1, -1), vit.patch_embed(images)], 1)
-        if vit.pos_embed is not None:
-            tokens = tokens + resample_abs_pos_embed(vit.pos_embed, grid, vit.patch_embed.grid_size, 1)
-        return vit.pos_drop(tokens)
+        return torch.cat([vit.cls_token.expand(len(images), -1, -1), vit.patch_embed(images)], 1)
 
     @staticmethod
     def place(vit: Any, grid: Grid, prefix: int) -> Sequence[Block]:
@@ -90,14 +87,52 @@ class BeitFamily(PlainFamily):
         for block in vit.blocks:
             table = block.attn.relative_position_bias_table
             if grid != own:
-                shape = ((2 * grid[0] - 1) * (2 * grid[1] - 1) + 3, table.shape[1])
-                table = resize_rel_pos_bias_table(table, grid, shape)
+                table = resized_offsets(table, own[0], grid)
             placed.append(PlacedBlock(block, len(index), table=table, index=index))
         return placed
 
     @staticmethod
     def translate(weights: Any, vit: Any) -> dict[str, Any]:
-        return beit.checkpoint_filter_fn(weights, vit)
+        translated = {}
+        for name, tensor in weights.get("model", weights).items():
+            if name.endswith("relative_position_bias_table"):
+                side = (math.isqrt(len(tensor) - 3) + 1) // 2
+                if side != vit.patch_embed.grid_size[0]:
+                    tensor = resized_offsets(tensor, side, vit.patch_embed.grid_size)
+            translated[name] = tensor
+        return beit.checkpoint_filter_fn(translated, vit)
+
+
+def resized_offsets(table: Tensor, side: int, grid: Grid) -> Tensor:
+    """BEiT's biases for the offsets on a grid of side x side cells, resized to another grid, as BEiT's code and timm do.
+
+    table: (n + 3, heads) with n = (2 side - 1)^2; the last three are the class token's. Differentiable in it.
+    """
+    rows, columns = (offset_weights(side, size).to(table) for size in grid)
+    cells = table[:-3].unflatten(0, (2 * side - 1, 2 * side - 1))
+    cells = torch.einsum("yi,xj,ijh->yxh", rows, columns, cells)
+    return torch.cat([cells.flatten(0, 1), table[-3:]])
+
+
+def offset_weights(source: int, target: int) -> Tensor:
+    """(2 target - 1, 2 source - 1): linear interpolation along one side from offsets -source + 1 ... source - 1.
+
+    The stored offsets stand at 0, 1, 1 + q, 1 + q + q^2, ...: far ones are stretched more. q in [1.01, 1.5] is chosen so
+    that the last one meets the target's last offset; what lies outside takes the last one's value.
+    """
+    low, high, q = 1.01, 1.5, 1.01
+    while high - low > 1e-6:
+        q = (low + high) / 2
+        low, high = (low, q) if (q ** (source - 1) - 1) / (q - 1) > target - 1 else (q, high)
+    half = list(itertools.accumulate(q**i for i in range(source - 1)))
+    places = torch.tensor([*(-place for place in reversed(half)), 0.0, *half], dtype=torch.float64, device="cpu")
+    if source == 1:
+        return torch.ones(2 * target - 1, 1, device="cpu")
+    wanted = torch.arange(1 - target, target, dtype=torch.float64, device="cpu").clamp(places[0], places[-1])
+    right = torch.searchsorted(places, wanted).clamp(min=1)
+    share = (wanted - places[right - 1]) / (places[right] - places[right - 1])
+    eye = torch.eye(len(places), dtype=torch.float64, device="cpu")
+    return (eye[right - 1] * (1 - share)[:, None] + eye[right] * share[:, None]).float()
 
 
 class EvaFamily(PlainFamily):
