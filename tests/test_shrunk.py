@@ -9,7 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cssbench.errors import ModelError
 from cssbench.models.segvit import SegViT
-from cssbench.models.shrink import query_block, ragged_block, sparse_grid
+from cssbench.models.packed import run_block, whole
+from cssbench.models.shrink import sparse_cells, sparse_grid
 from cssbench.models.shrunk import Shrunk
 from cssbench.scenario import Scenario
 
@@ -43,6 +44,11 @@ def with_edges(model):
     return model
 
 
+def query_block(block, queries, tokens, cells=None):
+    """The down-sampling block on (B, n, C) queries and (B, L, C) tokens."""
+    return run_block(block, whole(tokens), whole(queries, cells)).tokens.unflatten(0, queries.shape[:2])
+
+
 EQD = {"edges": {"threshold": 0.5}, "down_layer": 0}
 
 
@@ -50,6 +56,7 @@ def test_the_sparse_grid_of_4x4_by_hand():
     assert sparse_grid((4, 4)).nonzero().flatten().tolist() == [0, 2, 8, 10]
     assert sparse_grid((3, 4)).nonzero().flatten().tolist() == [0, 2, 8, 10]
     assert sparse_grid((2, 3)).nonzero().flatten().tolist() == [0, 2]
+    assert (sparse_cells((4, 4)), sparse_cells((3, 4)), sparse_cells((2, 3))) == ([0, 2, 8, 10], [0, 2, 8, 10], [0, 2])
 
 
 @torch.no_grad()
@@ -75,21 +82,6 @@ def test_all_tokens_as_queries_are_the_plain_block(qk_norm):
         block.attn.q_norm, block.attn.k_norm = torch.nn.LayerNorm(8), torch.nn.LayerNorm(8)
     tokens = torch.randn(2, 16, 16)
     torch.testing.assert_close(query_block(block, tokens, tokens), block(tokens), atol=1e-5, rtol=1e-5)
-    ragged = ragged_block(block, tokens.flatten(0, 1), [16, 16])
-    torch.testing.assert_close(ragged.view(2, 16, 16), block(tokens), atol=1e-5, rtol=1e-5)
-
-
-def test_drop_path_of_ragged_tokens_is_per_image():
-    block = make(backbone={"drop_path": 0.5}).backbone.vit.blocks[2].train()
-    torch.manual_seed(1)
-    tokens = torch.randn(60, 16)
-    with torch.no_grad():
-        block.ls1, block.mlp = torch.nn.Identity(), torch.nn.Identity()
-        block.norm2 = torch.nn.Identity()
-        moved = (ragged_block(block, tokens, [10] * 6) / tokens).view(6, 10, 16)
-    block.eval()
-    whole = {bool((image - image.round()).abs().max() < 1e-4) for image in moved}
-    assert whole == {True, False}  # attention dropped: the image is a whole multiple of itself
 
 
 @torch.no_grad()

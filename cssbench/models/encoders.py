@@ -94,7 +94,9 @@ class BeitFamily(PlainFamily):
     @staticmethod
     def translate(weights: Any, vit: Any) -> dict[str, Any]:
         translated = {}
-        for name, tensor in weights.get("model", weights).items():
+        for wrapping in ("model", "module"):
+            weights = weights.get(wrapping, weights)
+        for name, tensor in weights.items():
             if name.endswith("relative_position_bias_table"):
                 side = (math.isqrt(len(tensor) - 3) + 1) // 2
                 if side != vit.patch_embed.grid_size[0]:
@@ -104,7 +106,7 @@ class BeitFamily(PlainFamily):
 
 
 def resized_offsets(table: Tensor, side: int, grid: Grid) -> Tensor:
-    """BEiT's biases for the offsets on a grid of side x side cells, resized to another grid, as BEiT's code and timm do.
+    """BEiT's biases for the offsets on a grid of side x side cells, resized to another grid, as in BEiT's code.
 
     table: (n + 3, heads) with n = (2 side - 1)^2; the last three are the class token's. Differentiable in it.
     """
@@ -117,8 +119,8 @@ def resized_offsets(table: Tensor, side: int, grid: Grid) -> Tensor:
 def offset_weights(source: int, target: int) -> Tensor:
     """(2 target - 1, 2 source - 1): linear interpolation along one side from offsets -source + 1 ... source - 1.
 
-    The stored offsets stand at 0, 1, 1 + q, 1 + q + q^2, ...: far ones are stretched more. q in [1.01, 1.5] is chosen so
-    that the last one meets the target's last offset; what lies outside takes the last one's value.
+    The stored offsets stand at 0, 1, 1 + q, 1 + q + q^2, ...: far ones are stretched more. q in [1.01, 1.5] is
+    chosen so that the last one meets the target's last offset; what lies outside takes the last one's value.
     """
     low, high, q = 1.01, 1.5, 1.01
     while high - low > 1e-6:

@@ -8,6 +8,7 @@ Shapes: B images, L cells of an image's grid, n_b tokens of image b, T their sum
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from cssbench.errors import ModelError
 
-Attention = Literal["padded", "loop"]
+Attention = Literal["padded", "loop", "auto"]
 
 PLAIN = ("timm.models.vision_transformer.Block", "timm.layers.attention.Attention")
 PLACED = {
@@ -150,7 +151,7 @@ class PlacedBlock:
 
 
 def run_block(
-    block: nn.Module | PlacedBlock, packed: Packed, queries: Packed | None = None, attention: Attention = "padded"
+    block: Callable[[Tensor], Tensor], packed: Packed, queries: Packed | None = None, attention: Attention = "padded"
 ) -> Packed:
     """One block of timm's plain ViT, BEiT or EVA (with all their norms, gates, scales and biases) on packed tokens.
 
@@ -160,12 +161,12 @@ def run_block(
              weights. The residual is the un-normed query tokens. None: all tokens query.
     attention: `padded` attends over one tensor padded to the longest image, with a key mask (none if all images are of
              one length: then the result is the block's own); `loop` image by image, without padding: less work where
-             lengths differ much, more and smaller kernels.
+             lengths differ much, more and smaller kernels; `auto` loops on a CPU where lengths differ, else pads.
     Stochastic depth drops an image's branch, not a token's, as in the block itself.
     Raises ModelError for any other kind of block, and for tokens without a cell where the block needs one.
     """
     place = block if isinstance(block, PlacedBlock) else None
-    known = _known(block)
+    known = check_block(block)
     out = packed if queries is None else queries
     if place is not None and (place.rope is not None or place.table is not None) and packed.end > place.size:
         raise ModelError(
@@ -181,6 +182,8 @@ def run_block(
     groups = getattr(attn, "num_kv_groups", 1)
     k, v = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (k, v))
     dropout = attn.attn_drop.p if attn.training else 0.0
+    if attention == "auto":
+        attention = "loop" if not q.is_cuda and min(packed.counts) < max(packed.counts) else "padded"
     attend = _attend_padded if attention == "padded" else _attend_loop
     mixed = attend(q, k, v.to(q.dtype), out, packed, dropout, place).flatten(1)
     mixed = getattr(attn, "norm", nn.Identity())(mixed)
@@ -193,9 +196,9 @@ def run_block(
     return out.with_tokens(tokens + _drop_path(known.drop_path2, _scale(known, 2, branch), out))
 
 
-def _known(block: nn.Module | PlacedBlock) -> Any:
-    """The module, if it is one whose forward `run_block` restates: told by its class's name, as timm is imported by
-    the encoders alone. A subclass may compute something else."""
+def check_block(block: Callable[[Tensor], Tensor]) -> Any:
+    """The module, if it is one whose forward `run_block` restates, else ModelError. Told by its class's name: only the
+    encoders import timm. A subclass may compute something else."""
     module = block.block if isinstance(block, PlacedBlock) else block
     kinds = tuple(f"{type(m).__module__}.{type(m).__qualname__}" for m in (module, getattr(module, "attn", None)))
     if kinds != PLAIN and not (kinds in PLACED and isinstance(block, PlacedBlock)):
