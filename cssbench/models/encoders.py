@@ -6,8 +6,10 @@ Shapes: B images, grid of h x w = L cells, P prefix tokens (class, register, dis
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
+import io
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -170,7 +172,8 @@ class EvaFamily(PlainFamily):
 
     @staticmethod
     def translate(weights: Any, vit: Any) -> dict[str, Any]:
-        return eva.checkpoint_filter_fn(weights, vit)
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints the biases that a model has not
+            return eva.checkpoint_filter_fn(weights, vit)
 
 
 FAMILIES: tuple[type[PlainFamily], ...] = (PlainFamily, BeitFamily, EvaFamily)

@@ -221,16 +221,15 @@ def _project(attn: Any, queries: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor
     """Normed queries (T_q, C) and tokens (T, C) -> q (T_q, heads, D), k and v (T, key heads, D), normed."""
     if getattr(attn, "q_proj", None) is not None:
         q, k, v = attn.q_proj(queries), attn.k_proj(tokens), attn.v_proj(tokens)
+    elif queries is tokens and getattr(attn, "q_bias", None) is None:
+        q, k, v = attn.qkv(tokens).chunk(3, -1)
     else:
         weight, bias, width = attn.qkv.weight, attn.qkv.bias, attn.qkv.out_features // 3
         if getattr(attn, "q_bias", None) is not None:
             bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
-        if queries is tokens:
-            q, k, v = F.linear(tokens, weight, bias).chunk(3, -1)
-        else:
-            first, rest = (None, None) if bias is None else (bias[:width], bias[width:])
-            q = F.linear(queries, weight[:width], first)
-            k, v = F.linear(tokens, weight[width:], rest).chunk(2, -1)
+        first, rest = (None, None) if bias is None else (bias[:width], bias[width:])
+        q = F.linear(queries, weight[:width], first)
+        k, v = F.linear(tokens, weight[width:], rest).chunk(2, -1)
     groups = getattr(attn, "num_kv_groups", 1)
     q, k, v = (
         x.unflatten(-1, (heads, -1))
