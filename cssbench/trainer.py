@@ -122,7 +122,7 @@ def forward(fabric: Fabric, ctx: StepContext, module: Any, method: Method, loade
     if ctx.previous is not None and method.uses_previous:
         with torch.no_grad(), fabric.autocast():
             previous = ctx.previous(images)
-    output = check_output(ctx.model, module(images))
+    output = check_output(ctx.model, module(images, **ctx.model.training_inputs(labels)))
     terms = check_terms(method, method.loss(ctx, Batch(images, labels, output, previous, list(loaded["names"]))))
     if not torch.isfinite(sum(terms.values())):  # type: ignore[arg-type]
         values = ", ".join(f"{key} = {float(value.detach()):g}" for key, value in terms.items())

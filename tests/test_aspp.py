@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from cssbench.errors import ModelError
 from cssbench.models.aspp import ASPP, DeepLabV3
-from cssbench.models.backbone import ResNetBackbone, ResNetConfig
+from cssbench.models.resnet import ResNetBackbone, ResNetConfig
 from cssbench.scenario import Step
 
 

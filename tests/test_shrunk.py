@@ -8,8 +8,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cssbench.errors import ModelError
+from cssbench.models.packed import PlacedBlock, run_block, whole
 from cssbench.models.segvit import SegViT
-from cssbench.models.shrink import query_block, ragged_block, sparse_grid
+from cssbench.models.shrink import sparse_cells, sparse_grid
 from cssbench.models.shrunk import Shrunk
 from cssbench.scenario import Scenario
 
@@ -43,6 +44,11 @@ def with_edges(model):
     return model
 
 
+def query_block(block, queries, tokens, cells=None):
+    """The down-sampling block on (B, n, C) queries and (B, L, C) tokens."""
+    return run_block(block, whole(tokens), whole(queries, cells)).tokens.unflatten(0, queries.shape[:2])
+
+
 EQD = {"edges": {"threshold": 0.5}, "down_layer": 0}
 
 
@@ -50,6 +56,7 @@ def test_the_sparse_grid_of_4x4_by_hand():
     assert sparse_grid((4, 4)).nonzero().flatten().tolist() == [0, 2, 8, 10]
     assert sparse_grid((3, 4)).nonzero().flatten().tolist() == [0, 2, 8, 10]
     assert sparse_grid((2, 3)).nonzero().flatten().tolist() == [0, 2]
+    assert (sparse_cells((4, 4)), sparse_cells((3, 4)), sparse_cells((2, 3))) == ([0, 2, 8, 10], [0, 2, 8, 10], [0, 2])
 
 
 @torch.no_grad()
@@ -75,21 +82,6 @@ def test_all_tokens_as_queries_are_the_plain_block(qk_norm):
         block.attn.q_norm, block.attn.k_norm = torch.nn.LayerNorm(8), torch.nn.LayerNorm(8)
     tokens = torch.randn(2, 16, 16)
     torch.testing.assert_close(query_block(block, tokens, tokens), block(tokens), atol=1e-5, rtol=1e-5)
-    ragged = ragged_block(block, tokens.flatten(0, 1), [16, 16])
-    torch.testing.assert_close(ragged.view(2, 16, 16), block(tokens), atol=1e-5, rtol=1e-5)
-
-
-def test_drop_path_of_ragged_tokens_is_per_image():
-    block = make(backbone={"drop_path": 0.5}).backbone.vit.blocks[2].train()
-    torch.manual_seed(1)
-    tokens = torch.randn(60, 16)
-    with torch.no_grad():
-        block.ls1, block.mlp = torch.nn.Identity(), torch.nn.Identity()
-        block.norm2 = torch.nn.Identity()
-        moved = (ragged_block(block, tokens, [10] * 6) / tokens).view(6, 10, 16)
-    block.eval()
-    whole = {bool((image - image.round()).abs().max() < 1e-4) for image in moved}
-    assert whole == {True, False}  # attention dropped: the image is a whole multiple of itself
 
 
 @torch.no_grad()
@@ -145,6 +137,51 @@ def test_every_layer_of_the_head_is_an_output_without_accumulation():
     for layer, output in zip(model.heads[0].layers, outputs, strict=True):
         queries, similarity = layer(queries, taps[0])
         torch.testing.assert_close(output.masks.flatten(2), similarity)
+
+
+FAMILIES = ["deit3_small_patch16_224", "beitv2_base_patch16_224", "vit_small_patch16_dinov3", "eva02_small_patch14_336"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("down_layer", [0, 1, 2])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_any_family_at_any_layer(name, down_layer):
+    """Down-sampling drops rows of a block's output: the queries' rows of the plain block; with the later blocks' other
+    tokens hidden, as one image's are here by cutting the rotations and biases to the cells that are left."""
+    model, x = make(backbone={"name": name}, down_layer=down_layer), images(2)
+    cells = sparse_cells((4, 4))
+    backbone = model.backbone
+    blocks, tokens = backbone.blocks_at((4, 4)), backbone.embed(x)
+    for block in blocks[:down_layer]:
+        tokens = block(tokens)
+    expected = blocks[down_layer](tokens)[:, cells]
+    for block in blocks[down_layer + 1 :]:
+        if name == FAMILIES[0]:
+            expected = block(expected)
+            continue
+        index = None if block.index is None else block.index[cells][:, cells]
+        rope = None if block.rope is None else block.rope[cells]
+        expected = PlacedBlock(block.block, 4, rope, block.table, index)(expected)
+    shallow, found, _ = model._encode(x, (4, 4), None)
+    torch.testing.assert_close(shallow, tokens, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found[0], expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FAMILIES[1:])
+def test_edges_of_any_family(name):
+    options = {"backbone": {"name": name}, **EQD}
+    model, x = with_edges(make(**options)), images(3)
+    raw = model(x).edges
+    model.edge_head.mlp[-1].bias[1] += (raw[..., 0] - raw[..., 1]).median()  # half of the tokens are edges
+    together = model(x)
+    assert len(set(together.kept.tolist())) > 1
+    for i in range(3):
+        torch.testing.assert_close(together.scores[i], model(x[i : i + 1]).scores[0], atol=1e-5, rtol=1e-4)
+    every = torch.ones(3, 16, dtype=torch.bool)
+    torch.testing.assert_close(
+        torch.cat(model._encode(x, (4, 4), every)[1]), model.backbone(x)[0], atol=1e-4, rtol=1e-4
+    )
 
 
 @torch.no_grad()
@@ -205,6 +242,55 @@ def test_gradients_reach_the_edge_head_from_its_loss_alone():
     rest = terms["class"] + terms["focal"] + terms["dice"]
     assert all(g is None for g in torch.autograd.grad(rest, parameters, retain_graph=True, allow_unused=True))
     assert all(g.abs().sum() > 0 for g in torch.autograd.grad(terms["edge"], parameters))
+
+
+TRUTH = {"edges": {"threshold": 0.5, "select": "truth"}, "down_layer": 0}
+
+
+def halves():
+    """Labels of 3 images: cells of column 1 (px 8 to 15) show two labels; the second image has none, the third 255."""
+    labels = torch.ones(3, 32, 32, dtype=torch.long)
+    labels[0, :, 12:], labels[2, :, 12:] = 2, 255
+    return labels
+
+
+def test_teacher_forcing_keeps_the_true_edges_in_training_alone():
+    x, labels = images(), halves()
+    for options, kept in ((TRUTH, [8, 4, 4]), (EQD, None)):
+        model = with_edges(make(**options)).train()
+        inputs = model.training_inputs(labels)
+        assert set(inputs) == ({"edges"} if kept else set())
+        output = model(x, **inputs)
+        if kept:
+            assert output.kept.tolist() == kept  # 2x2 grid; in image 0 also the 4 cells of column 1
+            assert inputs["edges"][0].view(4, 4).int().tolist() == [[0, 1, 0, 0]] * 4
+        else:
+            predicted = output.kept.tolist()
+            assert predicted != [8, 4, 4]
+        terms = model.loss(output, labels)
+        assert torch.autograd.grad(terms["edge"], list(model.edge_head.parameters()))[0].abs().sum() > 0
+    truth = with_edges(make(**TRUTH))
+    assert truth(x).kept.tolist() == predicted
+
+
+def test_teacher_forcing_ends_with_step_0():
+    """Later labels show the step's own classes alone."""
+    assert make(steps=2, **TRUTH).training_inputs(halves()) == {}
+
+
+@torch.no_grad()
+def test_the_edge_head_may_read_deeper_tokens():
+    x = images()
+    for layer in (0, 1, 2):
+        model = make(edges={"threshold": 0.5, "layer": layer}, down_layer=2)
+        backbone, seen = model.backbone, []
+        model.edge_head.register_forward_hook(lambda _, inputs, __, seen=seen: seen.append(inputs[0]))
+        tokens = backbone.embed(x)
+        for block in backbone.blocks[:layer]:
+            tokens = block(tokens)
+        model(x)
+        assert len(seen) == 1
+        torch.testing.assert_close(seen[0], tokens)
 
 
 def test_the_edge_head_learns_at_step_0_only():
@@ -279,6 +365,9 @@ def test_up_sampling_and_edge_head_learn_at_the_head_rate():
         ({"backbone": {"layers": [1, 3]}}, r"layers is \[1, 3\].*Give the last block alone, such as \[3\]"),
         ({"backbone": {"prefix_tokens": "keep"}}, "prefix_tokens='drop'"),
         ({**EQD, "upsample": False}, r"only model\.upsample = true"),
+        ({"down_layer": 1, "edges": {"layer": 2}}, r"edges\.layer is 2, but block model\.down_layer = 1 .* 0 to 1"),
+        ({"backbone": {"name": "eva02_enormous_patch14_clip_224"}}, "EvaBlockPostNorm.*'vit_base_patch16_384'"),
+        ({**EQD, "down_on": "all"}, r"needs model\.down_on = 'query' and model\.down_by = 'nearest'"),
         ({**EQD, "down_by": "conv"}, r"needs model\.down_on = 'query' and model\.down_by = 'nearest'"),
     ],
 )

@@ -216,6 +216,35 @@ def test_two_steps_of_sgd_by_hand():
         torch.testing.assert_close(tensor, reference.state_dict()[name], msg=name)
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_model_may_ask_for_more_than_the_images(precision: str):
+    """In training passes only; the previous model is called with images alone."""
+    seen: list[Tensor | None] = []
+
+    class Asking(Linear):
+        def training_inputs(self, labels: Tensor) -> dict[str, Tensor]:
+            return {"mask": labels > 1}
+
+        def forward(self, images: Tensor, mask: Tensor | None = None) -> LinearOutput:
+            seen.append(mask)
+            return super().forward(images)
+
+    previous, ctx = Asking(), context(1)
+    previous.grow(SCENE.steps[0])
+    ctx.previous, ctx.model = previous.eval(), Asking()
+    for step in SCENE.steps[:2]:
+        ctx.model.grow(step)
+
+    class Distilling(Plain):
+        uses_previous = True
+
+    train(ctx, Distilling(), iterations=1, precision=precision)
+    labels = images_of(0)["labels"]
+    assert seen[0] is None
+    assert seen[1] is not None
+    assert torch.equal(seen[1], labels > 1)
+
+
 @pytest.mark.parametrize("parts", [2, 4])
 @pytest.mark.parametrize("optim", [{}, {"name": "adamw", "lr": 0.01, "clip": 0.05}])
 def test_accumulated_passes_equal_one_large_batch(parts: int, optim: dict[str, Any]):

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from cssbench.config import Section
 from cssbench.errors import ModelError
 from cssbench.losses.pixel import Reduction
-from cssbench.models.backbone import ResNetBackbone, ResNetConfig
 from cssbench.models.pixel import PixelOutput, PixelSegmenter
+from cssbench.models.resnet import ResNetBackbone, ResNetConfig
 from cssbench.models.segmenter import autograd_off
 
 SLOPE = 0.01  # of the leaky ReLU in the ASPP

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, NonNegativeInt
 from torch import Tensor, nn
 
 from cssbench.config import Section
@@ -22,8 +22,16 @@ EdgeRule = Literal["distinct", "inside", "across"]
 
 
 class EdgeConfig(Section):
-    """Options of EQD."""
+    """Options of EQD.
 
+    select  which tokens stay in training, beside the grid. "predicted": those of the edge head, as written. "truth":
+            those of the label map (teacher forcing), at step 0, where the head learns. In evaluation always predicted.
+    """
+
+    select: Literal["predicted", "truth"] = "predicted"
+    layer: NonNegativeInt = Field(
+        0, description="0-based block whose input the head reads, up to down_layer; thesis: 0, the embedded patches"
+    )
     threshold: float = Field(0.7, ge=0, lt=1, description="tau: a token is kept if P(edge) is above it")
     truth: EdgeRule = Field("distinct", description="which patches are edges: see edge_truth")
     weight: float = Field(1.0, ge=0, description="of the edge loss; not stated in the thesis")

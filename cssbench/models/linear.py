@@ -66,4 +66,4 @@ class LinearViT(PixelSegmenter):
         return [*early, self.norm(last)]
 
     def no_decay_names(self) -> set[str]:
-        return {f"backbone.vit.{name}" for name in ("pos_embed", "cls_token", "reg_token")}
+        return {f"backbone.{name}" for name in self.backbone.no_decay_names()}

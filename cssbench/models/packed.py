@@ -1,4 +1,4 @@
-"""Ragged tokens: the surviving tokens of several images in one tensor, and timm's ViT blocks on it.
+"""Ragged tokens: the surviving tokens of several images in one tensor, and the blocks of timm's ViTs on it.
 
 Used where images keep different numbers of tokens (DToP, Shrunk's edged query down-sampling). All that works on single
 tokens (norms, linears, MLP) runs once over the packed tensor, so its time falls with the number of tokens; attention
@@ -8,6 +8,7 @@ Shapes: B images, L cells of an image's grid, n_b tokens of image b, T their sum
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -18,16 +19,20 @@ from torch import Tensor, nn
 
 from cssbench.errors import ModelError
 
-Attention = Literal["padded", "loop"]
+Attention = Literal["padded", "loop", "auto"]
 
-BLOCK = "timm.models.vision_transformer.Block"
-ATTENTION = "timm.layers.attention.Attention"
+PLAIN = ("timm.models.vision_transformer.Block", "timm.layers.attention.Attention")
+PLACED = {
+    ("timm.models.beit.Block", "timm.models.beit.Attention"),
+    ("timm.models.eva.EvaBlock", "timm.models.eva.EvaAttention"),
+    ("timm.models.eva.EvaBlock", "timm.layers.attention.AttentionRope"),
+}
 
 
 @dataclass
 class Packed:
     """tokens: (T, C), image after image. offsets: (B + 1,) int64, image b holds tokens offsets[b] to offsets[b + 1].
-    positions: (T,) int64, cell of each token in its image's grid, ascending within an image."""
+    positions: (T,) int64, cell of each token in its image's grid, ascending within an image; L and above: no cell."""
 
     tokens: Tensor
     offsets: Tensor
@@ -49,10 +54,16 @@ class Packed:
         """(T,) int64: rank of each token within its image, from 0."""
         return torch.arange(len(self.positions), device=self.positions.device) - self.offsets[self.image]
 
+    @cached_property
+    def end(self) -> int:
+        """Above every position (one synchronisation with the device, then kept)."""
+        return int(self.positions.max()) + 1 if len(self.positions) else 0
+
     def with_tokens(self, tokens: Tensor) -> Packed:
         """The same layout with other contents, (T, any width)."""
         other = Packed(tokens, self.offsets, self.positions)
-        other.__dict__.update({name: self.__dict__[name] for name in ("counts", "image", "slot") if name in vars(self)})
+        known = ("counts", "image", "slot", "end")
+        other.__dict__.update({name: self.__dict__[name] for name in known if name in vars(self)})
         return other
 
     def select(self, keep: Tensor) -> Packed:
@@ -72,6 +83,16 @@ def pack(tokens: Tensor, keep: Tensor) -> Packed:
     return Packed(tokens[image, positions], F.pad(keep.sum(1).cumsum(0), (1, 0)), positions)
 
 
+def whole(tokens: Tensor, cells: list[int] | None = None) -> Packed:
+    """(B, n, C) -> the same as packed tokens, without a copy. cells: their n positions, ascending; None: 0 to n - 1."""
+    images, number, _ = tokens.shape
+    cells = list(range(number)) if cells is None else cells
+    offsets = torch.arange(images + 1, device=tokens.device) * number
+    made = Packed(tokens.flatten(0, 1), offsets, torch.tensor(cells, device=tokens.device).repeat(images))
+    made.__dict__.update(counts=[number] * images, end=cells[-1] + 1 if images else 0)
+    return made
+
+
 def unpack(packed: Packed, length: int, fill: float | Tensor = 0.0) -> Tensor:
     """(B, L, C), L = `length`: each token at its position. `fill`: a number, or (B, L, C), for all other cells.
 
@@ -83,82 +104,180 @@ def unpack(packed: Packed, length: int, fill: float | Tensor = 0.0) -> Tensor:
     return fill.index_put((packed.image, packed.positions), tokens.to(fill.dtype))
 
 
-def run_block(
-    block: nn.Module, packed: Packed, queries: Packed | None = None, attention: Attention = "padded"
-) -> Packed:
-    """One block of timm's plain ViT (qk-norm, gate, scale norm and layer scale included) on packed tokens.
+@dataclass
+class PlacedBlock:
+    """A block whose attention depends on where tokens are, on a certain grid. N = prefix tokens (if kept) + L.
 
+    Called with tokens (B, N, C), it is timm's block. A position is a token's index among these N.
+    rope   (N, 2 D) or (heads, N, 2 D): sines and cosines by which queries and keys are rotated, D = head width.
+    table  (number of offsets, heads), learned: added to the attention's logits; index: (N, N), rows of it.
+    """
+
+    block: nn.Module
+    size: int
+    rope: Tensor | None = None
+    table: Tensor | None = None
+    index: Tensor | None = None
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        if self.table is None:
+            return self.block(tokens, rope=self.rope)
+        return run_block(self, whole(tokens)).tokens.unflatten(0, tokens.shape[:2])
+
+    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """(T, heads, D) -> the same shape and type."""
+        if self.rope is None:
+            return x
+        sin, cos = self.rope[..., positions, :].chunk(2, -1)
+        sin, cos = (part[:, None] if part.ndim == 2 else part.transpose(0, 1) for part in (sin, cos))
+        attn: Any = self.block.attn
+        if attn.rotate_half:
+            first, second = x.chunk(2, -1)
+            turned = torch.cat([-second, first], -1)
+        else:
+            turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+        return (x * cos + turned * sin).to(x.dtype)
+
+    def bias(self, queries: Packed, keys: Packed) -> Tensor | None:
+        """(1 or B, heads, largest n_q, largest n_k), zero or anything behind an image's tokens; None: no bias."""
+        if self.table is None or self.index is None:
+            return None
+        if min(queries.counts) == min(keys.counts) == self.size:
+            index = self.index[None]
+        else:
+            rows, columns = pad(queries.positions, queries), pad(keys.positions, keys)
+            index = self.index[rows[:, :, None], columns[:, None]]
+        return self.table[index].permute(0, 3, 1, 2)
+
+
+def run_block(
+    block: Callable[[Tensor], Tensor], packed: Packed, queries: Packed | None = None, attention: Attention = "padded"
+) -> Packed:
+    """One block of timm's plain ViT, BEiT or EVA (with all their norms, gates, scales and biases) on packed tokens.
+
+    block: of a plain ViT; or, placed on the grid, of one whose attention knows positions (`Backbone.blocks_at`).
     queries: some of `packed`'s tokens, at least one token of `packed` for each image that has a query. They alone query
              and go on, while all of `packed` are keys and values: Shrunk's query down-sampling, with the block's own
              weights. The residual is the un-normed query tokens. None: all tokens query.
     attention: `padded` attends over one tensor padded to the longest image, with a key mask (none if all images are of
              one length: then the result is the block's own); `loop` image by image, without padding: less work where
-             lengths differ much, more and smaller kernels.
+             lengths differ much, more and smaller kernels; `auto` loops on a CPU where lengths differ, else pads.
     Stochastic depth drops an image's branch, not a token's, as in the block itself.
-    Raises ModelError for any other kind of block.
+    Raises ModelError for any other kind of block, and for tokens without a cell where the block needs one.
     """
-    plain = _plain(block)
+    place = block if isinstance(block, PlacedBlock) else None
+    known = check_block(block)
     out = packed if queries is None else queries
-    normed = plain.norm1(packed.tokens)
-    normed_queries = normed if queries is None else plain.norm1(queries.tokens)
-    q, k, v = _project(plain.attn, normed_queries, normed)
-    dropout = plain.attn.attn_drop.p if plain.attn.training else 0.0
+    if place is not None and (place.rope is not None or place.table is not None) and packed.end > place.size:
+        raise ModelError(
+            f"A token at position {packed.end - 1} of a grid of {place.size}: this encoder's attention needs every "
+            f"token's cell, and averaged tokens have none. Choose a plain ViT, or keep single tokens."
+        )
+    attn = known.attn
+    normed = known.norm1(packed.tokens)
+    normed_queries = normed if queries is None else known.norm1(queries.tokens)
+    q, k, v = _project(attn, normed_queries, normed)
+    if place is not None:
+        q, k = place.rotate(q, out.positions), place.rotate(k, packed.positions)
+    groups = getattr(attn, "num_kv_groups", 1)
+    k, v = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (k, v))
+    dropout = attn.attn_drop.p if attn.training else 0.0
+    if attention == "auto":
+        attention = "loop" if not q.is_cuda and min(packed.counts) < max(packed.counts) else "padded"
     attend = _attend_padded if attention == "padded" else _attend_loop
-    mixed = plain.attn.norm(attend(q, k, v, out, packed, dropout).flatten(1))
-    gate = getattr(plain.attn, "gate", None)  # not in older releases of timm
+    mixed = attend(q, k, v.to(q.dtype), out, packed, dropout, place).flatten(1)
+    mixed = getattr(attn, "norm", nn.Identity())(mixed)
+    gate = getattr(attn, "gate", None)  # not in older releases of timm
     if gate is not None:
         mixed = mixed * gate(normed_queries).sigmoid()
-    mixed = plain.attn.proj_drop(plain.attn.proj(mixed))
-    tokens = out.tokens + _drop_path(plain.drop_path1, plain.ls1(mixed), out)
-    tokens = tokens + _drop_path(plain.drop_path2, plain.ls2(plain.mlp(plain.norm2(tokens))), out)
-    return out.with_tokens(tokens)
+    mixed = attn.proj_drop(attn.proj(mixed))
+    tokens = out.tokens + _drop_path(known.drop_path1, _scale(known, 1, mixed), out)
+    branch = known.mlp(known.norm2(tokens))
+    return out.with_tokens(tokens + _drop_path(known.drop_path2, _scale(known, 2, branch), out))
 
 
-def _plain(block: nn.Module) -> Any:
-    """`block`, if it is the one whose forward `run_block` restates: told by its class's name, as timm is imported by
-    `backbone` alone. A subclass may compute something else."""
-    kinds = [f"{type(m).__module__}.{type(m).__qualname__}" for m in (block, getattr(block, "attn", None))]
-    if kinds != [BLOCK, ATTENTION]:
+def check_block(block: Callable[[Tensor], Tensor]) -> Any:
+    """The module, if it is one whose forward `run_block` restates, else ModelError. Told by its class's name: only the
+    encoders import timm. A subclass may compute something else."""
+    module = block.block if isinstance(block, PlacedBlock) else block
+    kinds = tuple(f"{type(m).__module__}.{type(m).__qualname__}" for m in (module, getattr(module, "attn", None)))
+    if kinds != PLAIN and not (kinds in PLACED and isinstance(block, PlacedBlock)):
         raise ModelError(
-            f"Tokens can be dropped between blocks of a plain ViT only ({BLOCK} with {ATTENTION}); this encoder's "
-            f"block is {kinds[0]} with {kinds[1]}. Choose a plain ViT of timm, such as 'vit_base_patch16_384'."
+            f"Tokens can be dropped between blocks of a plain ViT, BEiT or EVA (pre-norm) on a known grid only; this "
+            f"encoder's block is {kinds[0]} with {kinds[1]}. Choose a model such as 'vit_base_patch16_384'."
         )
-    return block
+    return module
+
+
+def _scale(block: Any, number: int, branch: Tensor) -> Tensor:
+    """Layer scale of the block's first or second branch: a module of a plain ViT, else a vector or None."""
+    if hasattr(block, f"ls{number}"):
+        return getattr(block, f"ls{number}")(branch)
+    gamma = getattr(block, f"gamma_{number}")
+    return branch if gamma is None else gamma * branch
 
 
 def _project(attn: Any, queries: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Normed queries (T_q, C) and tokens (T, C) -> q (T_q, heads, head width), k and v (T, heads, head width)."""
-    heads = (attn.num_heads, attn.head_dim)
-    if queries is tokens:
-        q, k, v = attn.qkv(tokens).unflatten(1, (3, *heads)).unbind(1)
+    """Normed queries (T_q, C) and tokens (T, C) -> q (T_q, heads, D), k and v (T, key heads, D), normed."""
+    if getattr(attn, "q_proj", None) is not None:
+        q, k, v = attn.q_proj(queries), attn.k_proj(tokens), attn.v_proj(tokens)
+    elif queries is tokens and getattr(attn, "q_bias", None) is None:
+        q, k, v = attn.qkv(tokens).chunk(3, -1)
     else:
-        width, weight, bias = attn.attn_dim, attn.qkv.weight, attn.qkv.bias
+        weight, bias, width = attn.qkv.weight, attn.qkv.bias, attn.qkv.out_features // 3
+        if getattr(attn, "q_bias", None) is not None:
+            bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
         first, rest = (None, None) if bias is None else (bias[:width], bias[width:])
-        q = F.linear(queries, weight[:width], first).unflatten(1, heads)
-        k, v = F.linear(tokens, weight[width:], rest).unflatten(1, (2, *heads)).unbind(1)
-    return attn.q_norm(q), attn.k_norm(k), v
+        q = F.linear(queries, weight[:width], first)
+        k, v = F.linear(tokens, weight[width:], rest).chunk(2, -1)
+    groups = getattr(attn, "num_kv_groups", 1)
+    q, k, v = (
+        x.unflatten(-1, (heads, -1))
+        for x, heads in zip(
+            (q, k, v), (attn.num_heads, attn.num_heads // groups, attn.num_heads // groups), strict=True
+        )
+    )
+    if hasattr(attn, "q_norm"):  # not in BEiT
+        q, k = attn.q_norm(q), attn.k_norm(k)
+    return q, k, v
 
 
-def _attend_loop(q: Tensor, k: Tensor, v: Tensor, queries: Packed, keys: Packed, dropout: float) -> Tensor:
-    """(T_q, heads, head width) -> same shape, image by image."""
-    parts = zip(q.split(queries.counts), k.split(keys.counts), v.split(keys.counts), strict=True)
+def _attend_loop(
+    q: Tensor, k: Tensor, v: Tensor, queries: Packed, keys: Packed, dropout: float, place: PlacedBlock | None
+) -> Tensor:
+    """(T_q, heads, D) -> same shape, image by image."""
+    parts = zip(
+        q.split(queries.counts), k.split(keys.counts), v.split(keys.counts),
+        queries.positions.split(queries.counts), keys.positions.split(keys.counts), strict=True,
+    )  # fmt: skip
     mixed = [q[:0]]
-    for part in parts:
-        if len(part[0]):
+    for *part, rows, columns in parts:
+        if len(rows):
             one, two, three = (x.transpose(0, 1)[None] for x in part)
-            mixed.append(F.scaled_dot_product_attention(one, two, three, dropout_p=dropout)[0].transpose(0, 1))
+            bias = None
+            if place is not None and place.table is not None and place.index is not None:
+                bias = place.table[place.index[rows[:, None], columns]].permute(2, 0, 1)[None].to(q.dtype)
+            found = F.scaled_dot_product_attention(one, two, three, attn_mask=bias, dropout_p=dropout)
+            mixed.append(found[0].transpose(0, 1))
     return torch.cat(mixed)
 
 
-def _attend_padded(q: Tensor, k: Tensor, v: Tensor, queries: Packed, keys: Packed, dropout: float) -> Tensor:
-    """(T_q, heads, head width) -> same shape, all images in one call."""
+def _attend_padded(
+    q: Tensor, k: Tensor, v: Tensor, queries: Packed, keys: Packed, dropout: float, place: PlacedBlock | None
+) -> Tensor:
+    """(T_q, heads, D) -> same shape, all images in one call."""
     mask = None
     if min(keys.counts) < max(keys.counts):
         mask = key_mask(keys)
         mask = (mask | ~mask.any(1, keepdim=True))[:, None, None]  # an empty image: no softmax over nothing
+    bias = None if place is None else place.bias(queries, keys)
+    if bias is not None:
+        mask = bias.to(q.dtype) if mask is None else bias.to(q.dtype).masked_fill(~mask, -torch.inf)
     q, k, v = (pad(x, layout).transpose(1, 2) for x, layout in ((q, queries), (k, keys), (v, keys)))
-    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-    return mixed.transpose(1, 2)[queries.image, queries.slot]
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout).transpose(1, 2)
+    if min(queries.counts) == max(queries.counts):
+        return mixed.flatten(0, 1)
+    return mixed[queries.image, queries.slot]
 
 
 def key_mask(layout: Packed) -> Tensor:

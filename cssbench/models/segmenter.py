@@ -96,6 +96,13 @@ class Segmenter(nn.Module):
     def forward(self, images: Tensor) -> SegOutput:
         """images: (B, 3, H, W), normalised. In training mode with `skip_frozen_heads`, frozen heads are left out."""
 
+    def training_inputs(self, labels: Tensor) -> dict[str, Tensor]:
+        """What `forward` takes beside the images in a training pass on labels (B, H, W): its keyword arguments.
+
+        The trainer calls `model(images, **model.training_inputs(labels))`; all other callers `model(images)`.
+        """
+        return {}
+
     @abstractmethod
     def loss(self, output: Any, labels: Tensor, *, weight: Tensor | None = None) -> dict[str, Tensor]:
         """The model's own supervised loss on labels (B, H, W) of positions; named scalars, weighted.

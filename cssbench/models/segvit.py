@@ -221,7 +221,7 @@ class SegViT(Segmenter):
         return total
 
     def no_decay_names(self) -> set[str]:
-        return {f"backbone.vit.{name}" for name in ("pos_embed", "cls_token", "reg_token")}
+        return {f"backbone.{name}" for name in self.backbone.no_decay_names()}
 
 
 def atm_terms(

@@ -1,13 +1,12 @@
-"""Fewer tokens inside a plain ViT, and all of them back: query-based down- and up-sampling (QD, QU), ragged blocks.
+"""Fewer tokens inside a plain ViT, and all of them back: the queries of down-sampling (QD) and up-sampling (QU).
 
 Source: SegViT (Zhang et al. 2022), section 3.3 and its public code; thesis section 4.2.2, Table 4.9.
-Shapes: B images, L tokens on an h x w grid, C encoder width, d decoder width. Ragged tokens of B images are one tensor
-(n_1 + ... + n_B, C) and their `counts` [n_1, ..., n_B]: an image attends to its own tokens only.
+Shapes: B images, L tokens on an h x w grid, C encoder width, d decoder width.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +23,11 @@ def sparse_grid(grid: tuple[int, int], device: torch.device | None = None) -> Te
     """(L,) bool: the tokens of even rows and even columns, ceil(h/2) x ceil(w/2) of them (nearest 2x2)."""
     rows, columns = (torch.arange(side, device=device) % 2 == 0 for side in grid)
     return (rows[:, None] & columns).flatten()
+
+
+def sparse_cells(grid: tuple[int, int]) -> list[int]:
+    """The positions of `sparse_grid`, ascending."""
+    return [row * grid[1] + column for row in range(0, grid[0], 2) for column in range(0, grid[1], 2)]
 
 
 def subsample(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -49,48 +53,6 @@ class ConvDown(nn.Module):
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         padded = F.pad(to_map(tokens, grid), (0, grid[1] % 2, 0, grid[0] % 2), mode="replicate")
         return self.conv(padded).flatten(2).transpose(1, 2).contiguous()
-
-
-def query_block(block: Any, queries: Tensor, tokens: Tensor) -> Tensor:
-    """A timm ViT block whose queries are not all tokens: (B, n, C), (B, L, C) -> (B, n, C), with the block's weights.
-
-    Query = LN1(queries), key = value = LN1(tokens), residual = `queries` as they are. With `queries` = `tokens` it is
-    the block itself.
-    """
-    attended = _attend(block.attn, block.norm1(queries), block.norm1(tokens))
-    x = queries + block.drop_path1(block.ls1(attended))
-    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-
-
-def ragged_block(block: Any, queries: Tensor, counts: list[int], tokens: Tensor | None = None) -> Tensor:
-    """The block on ragged `queries`, which attend to each other, or to their image's of `tokens` (B, L, C).
-
-    Norms and MLP run on all images at once, attention and drop path per image. -> ragged, as `queries`.
-    """
-    normed = block.norm1(queries)
-    parts = normed.split(counts)
-    keys = parts if tokens is None else block.norm1(tokens).unbind()
-    attended = [_attend(block.attn, q[None], k[None])[0] for q, k in zip(parts, keys, strict=True)]
-    x = queries + _per_image(block.drop_path1, block.ls1(torch.cat(attended)), counts)
-    return x + _per_image(block.drop_path2, block.ls2(block.mlp(block.norm2(x))), counts)
-
-
-def _per_image(drop_path: nn.Module, x: Tensor, counts: list[int]) -> Tensor:
-    if isinstance(drop_path, nn.Identity) or not drop_path.training:
-        return x
-    return torch.cat([drop_path(part[None])[0] for part in x.split(counts)])
-
-
-def _attend(attention: Any, queries: Tensor, tokens: Tensor) -> Tensor:
-    """timm's self-attention as cross-attention: (B, n, C), (B, L, C), both normed -> (B, n, C)."""
-    weight, bias, width = attention.qkv.weight, attention.qkv.bias, attention.num_heads * attention.head_dim
-    q = F.linear(queries, weight[:width], None if bias is None else bias[:width])
-    k, v = F.linear(tokens, weight[width:], None if bias is None else bias[width:]).chunk(2, -1)
-    q, k, v = (x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
-    dropout = attention.attn_drop.p if attention.training else 0.0
-    x = F.scaled_dot_product_attention(attention.q_norm(q), attention.k_norm(k), v, dropout_p=dropout)
-    x = x.transpose(1, 2).flatten(2)
-    return attention.proj_drop(attention.proj(getattr(attention, "norm", nn.Identity())(x)))
 
 
 class QueryUpsampler(nn.Module):

@@ -20,18 +20,10 @@ from cssbench.losses.mask import IgnoreMode
 from cssbench.models.atm import ATMConfig, ATMHead, ATMLayer, MaskPrediction, head_width, init_linear
 from cssbench.models.backbone import BackboneConfig, to_map
 from cssbench.models.edges import EdgeConfig, EdgeHead, edge_loss, edge_truth, predicted_edges
+from cssbench.models.packed import check_block, pack, run_block, whole
 from cssbench.models.segmenter import autograd_off
 from cssbench.models.segvit import MaskOutput, SegViT
-from cssbench.models.shrink import (
-    ConvDown,
-    QueryForm,
-    QueryUpsampler,
-    half,
-    query_block,
-    ragged_block,
-    sparse_grid,
-    subsample,
-)
+from cssbench.models.shrink import ConvDown, QueryForm, QueryUpsampler, half, sparse_cells, sparse_grid, subsample
 from cssbench.scenario import Step
 
 
@@ -116,17 +108,27 @@ class Shrunk(SegViT):
             raise ModelError("model.edges keeps tokens off any grid; only model.upsample = true restores one.")
         if config.edges and (config.down_on, config.down_by) != ("query", "nearest"):
             raise ModelError("model.edges needs model.down_on = 'query' and model.down_by = 'nearest'.")
-        if any(not hasattr(block, "ls1") for block in self.backbone.vit.blocks):
+        if config.edges and config.edges.layer > config.down_layer:
             raise ModelError(
-                f"The blocks of {config.backbone.name!r} cannot be down-sampled: expected those of a plain ViT "
-                "(norm, attention, norm, MLP), such as 'vit_base_patch16_384'."
+                f"model.edges.layer is {config.edges.layer}, but block model.down_layer = {config.down_layer} drops "
+                f"tokens by what the edge head says: expected 0 to {config.down_layer}."
             )
+        side = config.backbone.image_size
+        for block in self.backbone.blocks_at(self.backbone.grid(side, side)):
+            check_block(block)
 
     def grow(self, step: Step) -> None:
         """Also freezes the edge head after step 0: a later step labels its own classes only, hides all other edges."""
         super().grow(step)
         if self.edge_head is not None and step.index > 0:
             self.edge_head.requires_grad_(False)
+
+    def training_inputs(self, labels: Tensor) -> dict[str, Tensor]:
+        """Teacher forcing: the edges of the label map, at step 0; later labels show the step's own classes only."""
+        edges = self.config.edges
+        if edges is None or edges.select == "predicted" or len(self.heads) > 1:
+            return {}
+        return {"edges": edge_truth(labels, self.backbone.patch, edges.truth)}
 
     def make_head(self, num_classes: int) -> ATMHead:
         if self.upsampler is None:
@@ -171,24 +173,23 @@ class Shrunk(SegViT):
     ) -> tuple[Tensor, list[Tensor], Tensor | None]:
         """-> tokens before the down-sampling (B, L, C); tokens of the last block, all images (B, n, C) in one item or
         each (1, n, C) in its own; edge logits."""
-        tokens, blocks = self.backbone.embed(images).contiguous(), self.backbone.blocks
-        logits = None if self.edge_head is None else self.edge_head(tokens)
-        number = self.config.down_layer
-        for block in blocks[:number]:
-            tokens = block(tokens)
-        first, later = blocks[number], blocks[number + 1 :]
+        config, tokens = self.config, self.backbone.embed(images).contiguous()
+        blocks, down, logits = self.backbone.blocks_at(grid), config.down_layer, None
+        for number in range(down + 1):
+            if self.edge_head is not None and config.edges is not None and config.edges.layer == number:
+                logits = self.edge_head(tokens)
+            if number < down:
+                tokens = blocks[number](tokens)
         if logits is not None:
-            keep = self._goes_on(grid, logits, edges)
-            counts: list[int] = keep.sum(1).tolist()
-            x = ragged_block(first, tokens[keep], counts, tokens)
-            for block in later:
-                x = ragged_block(block, x, counts)
-            return tokens, [part[None] for part in x.split(counts)], logits
-        x = subsample(tokens, grid) if self.down is None else self.down(tokens, grid)
-        x = query_block(first, x, tokens) if self.config.down_on == "query" else first(x)
-        for block in later:
-            x = block(x)
-        return tokens, [x], None
+            x = pack(tokens, self._goes_on(grid, logits, edges))
+        else:
+            x = whole(subsample(tokens, grid) if self.down is None else self.down(tokens, grid), sparse_cells(grid))
+        x = run_block(blocks[down], whole(tokens), x) if config.down_on == "query" else run_block(blocks[down], x)
+        for block in blocks[down + 1 :]:
+            x = run_block(block, x, attention="auto")
+        if logits is None:
+            return tokens, [x.tokens.unflatten(0, (len(images), -1))], None
+        return tokens, [part[None] for part in x.tokens.split(x.counts)], logits
 
     def loss(
         self,

@@ -158,7 +158,7 @@ class Watched(Method):
                     if ctx.previous is not None and self.inner.uses_previous:
                         with torch.no_grad():
                             previous = ctx.previous(images)
-                    output = ctx.model(images)
+                    output = ctx.model(images, **ctx.model.training_inputs(labels))
                     terms = self.inner.loss(ctx, Batch(images, labels, output, previous, ["probe"] * len(labels)))
                 total = torch.stack(list(terms.values())).sum()
                 bad = [key for key, term in terms.items() if not torch.isfinite(term)]
