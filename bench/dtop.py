@@ -43,7 +43,7 @@ def packed(backbone: Backbone, x: Tensor, leave: list[Tensor], grid: tuple[int, 
     options = ExitOptions(rule="remove", attention=attention)  # type: ignore[arg-type]
     tokens, done = Survivors(backbone.embed(x), grid, len(TAPS), options), 0
     for stage, tap in enumerate(TAPS):
-        tokens.run(backbone.blocks[done:tap])
+        tokens.run(backbone.blocks_at(grid)[done:tap])
         done = tap
         if stage < len(leave):
             here = leave[stage][tokens.packed.image, tokens.packed.positions]

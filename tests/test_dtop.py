@@ -378,3 +378,19 @@ def test_without_an_image_only_the_unpruned_model_can_be_counted():
         else:
             with pytest.raises(ModelError, match="depends on the image"):
                 count(model.eval(), no_image(32))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["beitv2_base_patch16_224", "vit_small_patch16_dinov3"])
+def test_encoders_that_know_where_tokens_are(name: str):
+    """BEiT's biases, DINOv3's rotations: a batch is its images, and nothing moves while all tokens stay."""
+    sizes = {"width": 64, "depth": 3, "heads": 2, "patch": 8, "image_size": 32, "name": name}
+    x = picture()
+    model = halved(make(backbone={**sizes, "layers": [1, 2, 3], "drop_path": 0.0}, rule="remove"), x)
+    together, alone = model(x), [model(one[None]) for one in x]
+    assert together.depths.unique().numel() > 1
+    torch.testing.assert_close(together.scores, torch.cat([one.scores for one in alone]), atol=1e-5, rtol=1e-4)
+    assert torch.equal(set_p0(model, 0.9999)(x).features[-1], set_p0(model, 1.0)(x).features[-1])
+    model.config = model.config.model_copy(update={"rule": "average", "p0": 0.2})
+    with pytest.raises(ModelError, match="averaged tokens have none"):
+        model(x)

@@ -24,7 +24,7 @@ from cssbench.losses.pixel import cross_entropy, full_precision, own_labels
 from cssbench.models.atm import ATMConfig, ATMHead, MaskPrediction
 from cssbench.models.backbone import Backbone, to_map
 from cssbench.models.exits import ExitOptions, Survivors
-from cssbench.models.packed import Packed
+from cssbench.models.packed import Packed, check_block
 from cssbench.models.segmenter import autograd_off
 from cssbench.models.segvit import MaskOutput, SegViT
 from cssbench.models.setr import NaiveHead
@@ -129,6 +129,8 @@ def check_taps(backbone: Backbone, model: str) -> None:
         )
     if config.prefix_tokens != "drop":
         raise ModelError(f"Model {model!r} drops class and register tokens: set model.backbone.prefix_tokens = 'drop'.")
+    for block in backbone.blocks_at(backbone.grid(config.image_size, config.image_size)):
+        check_block(block)
 
 
 class DToP(SegViT):
@@ -173,14 +175,14 @@ class DToP(SegViT):
     def forward(self, images: Tensor) -> DToPOutput:
         size, options = (images.shape[-2], images.shape[-1]), self.config
         grid, p0 = self.backbone.grid(*size), options.threshold(self.training)
-        layers = options.backbone.layers
+        layers, blocks = options.backbone.layers, self.backbone.blocks_at(grid)
         encoder_off = self.is_frozen(self.backbone)
         with autograd_off(encoder_off):
             tokens = Survivors(self.backbone.embed(images), grid, len(layers), options)
         boards, features, done = [Board() for _ in self.heads], [], 0
         for stage, layer in enumerate(layers):
             with autograd_off(encoder_off):
-                tokens.run(self.backbone.blocks[done:layer])
+                tokens.run(blocks[done:layer])
             done = layer
             features.append(to_map(tokens.carried, grid))
             pruning = p0 < 1 and stage < len(layers) - 1

@@ -13,11 +13,11 @@ from typing import Annotated, Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field, PositiveInt
-from torch import Tensor, nn
+from torch import Tensor
 
 from cssbench.config import Section
 from cssbench.models.backbone import to_map
-from cssbench.models.packed import Packed, run_block, unpack
+from cssbench.models.packed import Attention, Packed, run_block, unpack, whole
 
 Threshold = Annotated[float, Field(gt=0, le=1)]
 
@@ -51,7 +51,7 @@ class ExitOptions(Section):
     share: float = Field(0.35, gt=0, lt=1, description="rule `ratio`")
     voters: Literal["first", "all"] = "first"
     assembly: Literal["last", "own"] = "last"
-    attention: Literal["auto", "loop", "padded"] = "auto"
+    attention: Attention = "auto"
 
     def threshold(self, training: bool) -> float:
         """p0 in this mode."""
@@ -117,33 +117,25 @@ class Survivors:
 
     def __init__(self, tokens: Tensor, grid: tuple[int, int], stages: int, options: ExitOptions):
         """tokens: (B, L, C) as they enter block 1, on a grid of h x w = L cells."""
-        images, self.length, _ = tokens.shape
-        device = tokens.device
         self.grid, self.options, self.whole, self.carried = grid, options, True, tokens
-        self.packed = Packed(
-            tokens.flatten(0, 1),
-            torch.arange(images + 1, device=device) * self.length,
-            torch.arange(self.length, device=device).repeat(images),
-        )
-        self.exits = torch.full(tokens.shape[:2], stages - 1, device=device)
+        self.length, self.packed = tokens.shape[1], whole(tokens)
+        self.exits = torch.full(tokens.shape[:2], stages - 1, device=tokens.device)
 
     @property
     def dense(self) -> Tensor:
         """(B, L, C), while `whole`."""
         return self.packed.tokens.unflatten(0, (-1, self.length))
 
-    def run(self, blocks: Iterable[nn.Module]) -> None:
-        """Through `blocks`; tokens attend to those that are still there."""
+    def run(self, blocks: Iterable[Callable[[Tensor], Tensor]]) -> None:
+        """Through `blocks` of the grid (`Backbone.blocks_at`); tokens attend to those that are still there."""
         if self.whole:
             tokens = self.dense
             for block in blocks:
                 tokens = block(tokens)
             self.packed, self.carried = self.packed.with_tokens(tokens.flatten(0, 1)), tokens
             return
-        chosen = self.options.attention
-        loop = not self.packed.tokens.is_cuda if chosen == "auto" else chosen == "loop"
         for block in blocks:
-            self.packed = run_block(block, self.packed, attention="loop" if loop else "padded")
+            self.packed = run_block(block, self.packed, attention=self.options.attention)
         self.carried = self.write(self.packed.tokens, self.carried)
 
     def convolve(self, module: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:

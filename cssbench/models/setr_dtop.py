@@ -88,14 +88,14 @@ class SETRDToP(SETRNaive):
     def forward(self, images: Tensor) -> SETRDToPOutput:
         size, options = (images.shape[-2], images.shape[-1]), self.config
         grid, p0 = self.backbone.grid(*size), options.threshold(self.training)
-        layers = options.backbone.layers
+        layers, blocks = options.backbone.layers, self.backbone.blocks_at(grid)
         output = SETRDToPOutput(size)
         with autograd_off(self.is_frozen(self.backbone)):
             tokens = Survivors(self.backbone.embed(images), grid, len(layers), options)
         canvas, done, taps = None, 0, []
         for stage, layer in enumerate(layers):
             with autograd_off(self.is_frozen(self.backbone)):
-                tokens.run(self.backbone.blocks[done:layer])
+                tokens.run(blocks[done:layer])
             done = layer
             taps.append(tokens.carried)
             if stage == len(layers) - 1:
