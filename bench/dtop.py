@@ -39,12 +39,10 @@ def unpruned(backbone: Backbone, x: Tensor) -> None:
     backbone(x)
 
 
-def packed(backbone: Backbone, x: Tensor, leave: list[Tensor], grid: tuple[int, int], attention: str) -> None:
-    options = ExitOptions(rule="remove", attention=attention)  # type: ignore[arg-type]
-    tokens, done = Survivors(backbone.embed(x), grid, len(TAPS), options), 0
+def packed(backbone: Backbone, x: Tensor, leave: list[Tensor], attention: str) -> None:
+    tokens = Survivors(backbone, x, ExitOptions(rule="remove", attention=attention))  # type: ignore[arg-type]
     for stage, tap in enumerate(TAPS):
-        tokens.run(backbone.blocks_at(grid)[done:tap])
-        done = tap
+        tokens.run(tap)
         if stage < len(leave):
             here = leave[stage][tokens.packed.image, tokens.packed.positions]
             tokens.retire(here[:, None], stage, 0.5)
@@ -81,8 +79,8 @@ def main() -> None:
         runs = {
             "unpruned": partial(unpruned, backbone, x),
             "one by one": partial(one_by_one, backbone, x, leave),
-            "loop": partial(packed, backbone, x, leave, grid, "loop"),
-            "padded": partial(packed, backbone, x, leave, grid, "padded"),
+            "loop": partial(packed, backbone, x, leave, "loop"),
+            "padded": partial(packed, backbone, x, leave, "padded"),
         }
         flops = {}
         for name, run in runs.items():

@@ -33,6 +33,7 @@ from cssbench.results import RunFolder
 from cssbench.scenario import Step
 
 GIGA = 1e9
+METHODS = ("scores", "run")  # a head's, and the encoder's on ragged tokens
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def model_parts(model: Segmenter) -> dict[str, nn.Module]:
 
 @contextmanager
 def _attributed(model: Segmenter, counter: FlopCounter) -> Iterator[None]:
-    """While it lasts, what a part's modules do counts as the part's: their forward, and a head's `scores`."""
+    """While it lasts, what a part's modules do counts as the part's: their forward, and the methods in `METHODS`."""
     with ExitStack() as undo:
         for part, whole in model_parts(model).items():
             for module in whole.modules():
@@ -145,10 +146,10 @@ def _attributed(model: Segmenter, counter: FlopCounter) -> Iterator[None]:
                 undo.callback(before.remove)
                 after = module.register_forward_hook(lambda *_: counter.leave(), always_call=True)
                 undo.callback(after.remove)
-                method = getattr(module, "scores", None)
-                if callable(method):
-                    object.__setattr__(module, "scores", counter.part(part)(method))
-                    undo.callback(object.__delattr__, module, "scores")
+                for name in METHODS:
+                    if callable(method := getattr(module, name, None)):
+                        object.__setattr__(module, name, counter.part(part)(method))
+                        undo.callback(object.__delattr__, module, name)
         yield
 
 

@@ -131,11 +131,11 @@ def test_those_that_stay_go_on_alone(backbone: Backbone, attention: str):
     """Each image's tokens, by themselves through timm's own block, are the same; those that left stay as they were."""
     x = torch.randn(2, 3, 16, 24)
     with torch.no_grad():
-        tokens = Survivors(backbone.embed(x), (2, 3), 2, ExitOptions(rule="remove", attention=attention))
+        tokens = Survivors(backbone, x, ExitOptions(rule="remove", attention=attention))
         before = tokens.dense.clone()
         tokens.retire(scores_of([[0, 4], [5]], tokens), 0, 0.5)
         assert tokens.exits.tolist() == [[0, 1, 1, 1, 0, 1], [1, 1, 1, 1, 1, 0]]
-        tokens.run(backbone.blocks[:1])
+        tokens.run(1)
         for image, stay in enumerate(([1, 2, 3, 5], [0, 1, 2, 3, 4])):
             expected = before[image].clone()
             expected[stay] = backbone.blocks[0](before[image, stay][None])[0]
@@ -147,15 +147,15 @@ def test_those_that_stay_go_on_alone(backbone: Backbone, attention: str):
 def test_no_token_leaves_no_token_moves(backbone: Backbone):
     x = torch.randn(2, 3, 16, 24)
     with torch.no_grad():
-        tokens = Survivors(backbone.embed(x), (2, 3), 2, ExitOptions())
+        tokens = Survivors(backbone, x, ExitOptions())
         tokens.retire(torch.full((12, 3), 0.5), 0, 0.5)
-        tokens.run(backbone.blocks)
+        tokens.run(2)
         assert torch.equal(tokens.dense, backbone(x)[-1])
         assert tokens.whole
 
 
 def test_a_canvas_keeps_what_it_said(backbone: Backbone):
-    tokens = Survivors(backbone.embed(torch.randn(2, 3, 16, 16)), (2, 2), 2, ExitOptions(rule="remove"))
+    tokens = Survivors(backbone, torch.randn(2, 3, 16, 16), ExitOptions(rule="remove"))
     first = torch.arange(8.0, requires_grad=True)
     canvas = tokens.write(first[:, None], None)
     tokens.retire(scores_of([[0, 1], [3]], tokens), 0, 0.5)
@@ -168,12 +168,12 @@ def test_a_canvas_keeps_what_it_said(backbone: Backbone):
 
 def test_averages_go_on_without_a_cell(backbone: Backbone):
     options = ExitOptions(rule="average")
-    tokens = Survivors(backbone.embed(torch.randn(2, 3, 16, 16)), (2, 2), 2, options)
+    tokens = Survivors(backbone, torch.randn(2, 3, 16, 16), options)
     means = tokens.dense[0, [1, 2]].mean(0)
     tokens.retire(scores_of([[1, 2], []], tokens), 0, 0.5)
     assert tokens.packed.positions.tolist() == [0, 3, 4, 0, 1, 2, 3]
     torch.testing.assert_close(tokens.packed.tokens[2], means)
-    tokens.run(backbone.blocks[:1])
+    tokens.run(1)
     assert tokens.carried.shape == (2, 4, 32)
     sure = torch.ones(7, 1)
     tokens.retire(sure, 1, 0.5)  # every cell's token leaves; the old average is not graded
@@ -183,7 +183,7 @@ def test_averages_go_on_without_a_cell(backbone: Backbone):
 
 def test_convolutions_see_the_tokens_that_are_there(backbone: Backbone):
     module = nn.Sequential(nn.Conv2d(32, 5, 1), nn.BatchNorm2d(5)).eval()
-    tokens = Survivors(backbone.embed(torch.randn(2, 3, 16, 16)), (2, 2), 2, ExitOptions(rule="remove"))
+    tokens = Survivors(backbone, torch.randn(2, 3, 16, 16), ExitOptions(rule="remove"))
     whole = tokens.convolve(module, tokens.packed.tokens)
     tokens.retire(scores_of([[0], [1, 2]], tokens), 0, 0.5)
     torch.testing.assert_close(tokens.convolve(module, tokens.packed.tokens), whole[[1, 2, 3, 4, 7]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -141,3 +142,17 @@ def test_the_committed_table_reaches_the_published_figures_or_says_what_is_open(
     assert {row["what"].split(" ")[0] for row in rows} >= {"SegViT", "SETR-naive,", "Segmenter", "Shrunk", "QD", "ATM"}
     for row in rows:
         assert abs(float(row["ours"]) / float(row["published"]) - 1) < 0.01 or row["note"], row["what"]
+
+
+def test_the_committed_table_is_what_the_code_counts(monkeypatch: pytest.MonkeyPatch):
+    bench = Path(__file__).parents[1] / "bench"
+    monkeypatch.syspath_prepend(str(bench))
+    gflops = importlib.import_module("gflops")
+    text = (bench / "results" / "gflops.csv").read_text(encoding="utf-8")
+    committed = list(csv.DictReader(text.splitlines()))
+    assert [row["what"] for row in committed] == [row.what for row in gflops.ROWS]
+    for row, line in zip(gflops.ROWS, committed, strict=True):
+        if not (row.kept or row.values):  # seconds each
+            assert f"{row.ours():.2f}" == line["ours"], row.what
+    page = (bench.parent / "docs" / "cost.md").read_text(encoding="utf-8")
+    assert page == gflops.markdown(committed)

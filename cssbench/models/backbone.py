@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cssbench.config import Section
 from cssbench.errors import ModelError
 from cssbench.models.encoders import Block, check_file, make_vit
+from cssbench.models.packed import Attention, Packed, run_block
 from cssbench.models.weights import fill, read_weights
 
 SPARE = ("norm.", "fc_norm.", "attn_pool.", "head", "decoder_")  # in files, but not below a tap
@@ -134,6 +135,12 @@ class Backbone(nn.Module):
         `packed.run_block` takes either. To be called once per forward pass.
         """
         return self.family.place(self.vit, grid, self.prefix)
+
+    def run(
+        self, block: Block, packed: Packed, queries: Packed | None = None, attention: Attention = "padded"
+    ) -> Packed:
+        """One of `blocks_at` on ragged tokens: see `packed.run_block`."""
+        return run_block(block, packed, queries, attention)
 
     def no_decay_names(self) -> set[str]:
         """Parameters with more than one dimension that are to have no weight decay: embeddings and biases."""

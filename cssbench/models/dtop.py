@@ -174,17 +174,15 @@ class DToP(SegViT):
 
     def forward(self, images: Tensor) -> DToPOutput:
         size, options = (images.shape[-2], images.shape[-1]), self.config
-        grid, p0 = self.backbone.grid(*size), options.threshold(self.training)
-        layers, blocks = options.backbone.layers, self.backbone.blocks_at(grid)
+        layers, p0 = options.backbone.layers, options.threshold(self.training)
         encoder_off = self.is_frozen(self.backbone)
         with autograd_off(encoder_off):
-            tokens = Survivors(self.backbone.embed(images), grid, len(layers), options)
-        boards, features, done = [Board() for _ in self.heads], [], 0
+            tokens = Survivors(self.backbone, images, options)
+        boards, features = [Board() for _ in self.heads], []
         for stage, layer in enumerate(layers):
             with autograd_off(encoder_off):
-                tokens.run(blocks[done:layer])
-            done = layer
-            features.append(to_map(tokens.carried, grid))
+                tokens.run(layer)
+            features.append(to_map(tokens.carried, tokens.grid))
             pruning = p0 < 1 and stage < len(layers) - 1
             if not (pruning or self.training or stage == len(layers) - 1):
                 continue  # nothing depends on these heads
@@ -200,11 +198,11 @@ class DToP(SegViT):
             list(self.heads),  # type: ignore[arg-type]
             options.background_query,
             options.pixel_form,
-            exits=tokens.exits.unflatten(1, grid),
+            exits=tokens.exits.unflatten(1, tokens.grid),
             logits_of=[[] if skip else board.logits_of for skip, board in zip(skipped, boards, strict=True)],
             assembly=options.assembly,
             upsample=options.upsample,
-            depths=torch.tensor(layers, device=images.device)[tokens.exits].unflatten(1, grid),
+            depths=tokens.depths,
         )
 
     def _skipped(self, head: nn.Module) -> bool:

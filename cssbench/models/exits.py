@@ -7,7 +7,7 @@ Shapes: B images, L cells of the token grid, C width; T tokens that are still th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
@@ -16,8 +16,8 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from cssbench.config import Section
-from cssbench.models.backbone import to_map
-from cssbench.models.packed import Attention, Packed, run_block, unpack, whole
+from cssbench.models.backbone import Backbone, to_map
+from cssbench.models.packed import Attention, Packed, unpack, whole
 
 Threshold = Annotated[float, Field(gt=0, le=1)]
 
@@ -115,19 +115,22 @@ class Survivors:
     exits: (B, L) int64, the stage at whose end each cell's token leaves.
     """
 
-    def __init__(self, tokens: Tensor, grid: tuple[int, int], stages: int, options: ExitOptions):
-        """tokens: (B, L, C) as they enter block 1, on a grid of h x w = L cells."""
-        self.grid, self.options, self.whole, self.carried = grid, options, True, tokens
-        self.length, self.packed = tokens.shape[1], whole(tokens)
-        self.exits = torch.full(tokens.shape[:2], stages - 1, device=tokens.device)
+    def __init__(self, backbone: Backbone, images: Tensor, options: ExitOptions):
+        """images: (B, 3, H, W), on a grid of h x w = L cells."""
+        self.backbone, self.grid = backbone, backbone.grid(images.shape[-2], images.shape[-1])
+        self.options, self.whole, self.carried = options, True, backbone.embed(images)
+        self.length, self.packed = self.carried.shape[1], whole(self.carried)
+        self.exits = torch.full(self.carried.shape[:2], len(backbone.config.layers) - 1, device=images.device)
+        self._blocks, self._done = backbone.blocks_at(self.grid), 0
 
     @property
     def dense(self) -> Tensor:
         """(B, L, C), while `whole`."""
         return self.packed.tokens.unflatten(0, (-1, self.length))
 
-    def run(self, blocks: Iterable[Callable[[Tensor], Tensor]]) -> None:
-        """Through `blocks` of the grid (`Backbone.blocks_at`); tokens attend to those that are still there."""
+    def run(self, layer: int) -> None:
+        """Up to and with block `layer` (1-based); tokens attend to those that are still there."""
+        blocks, self._done = self._blocks[self._done : layer], layer
         if self.whole:
             tokens = self.dense
             for block in blocks:
@@ -135,8 +138,14 @@ class Survivors:
             self.packed, self.carried = self.packed.with_tokens(tokens.flatten(0, 1)), tokens
             return
         for block in blocks:
-            self.packed = run_block(block, self.packed, attention=self.options.attention)
+            self.packed = self.backbone.run(block, self.packed, attention=self.options.attention)
         self.carried = self.write(self.packed.tokens, self.carried)
+
+    @property
+    def depths(self) -> Tensor:
+        """(B, h, w) int64: the blocks that each cell's token went through (`SegOutput.depths`)."""
+        layers = torch.tensor(self.backbone.config.layers, device=self.exits.device)
+        return layers[self.exits].unflatten(1, self.grid)
 
     def convolve(self, module: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
         """(T, D): 1x1 convolutions (with norms over their channels) on `tokens` (T, C)."""

@@ -87,29 +87,27 @@ class SETRDToP(SETRNaive):
 
     def forward(self, images: Tensor) -> SETRDToPOutput:
         size, options = (images.shape[-2], images.shape[-1]), self.config
-        grid, p0 = self.backbone.grid(*size), options.threshold(self.training)
-        layers, blocks = options.backbone.layers, self.backbone.blocks_at(grid)
+        layers, p0 = options.backbone.layers, options.threshold(self.training)
         output = SETRDToPOutput(size)
         with autograd_off(self.is_frozen(self.backbone)):
-            tokens = Survivors(self.backbone.embed(images), grid, len(layers), options)
-        canvas, done, taps = None, 0, []
+            tokens = Survivors(self.backbone, images, options)
+        canvas, taps = None, []
         for stage, layer in enumerate(layers):
             with autograd_off(self.is_frozen(self.backbone)):
-                tokens.run(blocks[done:layer])
-            done = layer
+                tokens.run(layer)
             taps.append(tokens.carried)
             if stage == len(layers) - 1:
                 normed = self.norm(tokens.packed.tokens)
                 logits = torch.cat([tokens.convolve(head, normed) for head in self.heads], dim=1)
-                output.low = to_map(tokens.write(logits, canvas), grid)
+                output.low = to_map(tokens.write(logits, canvas), tokens.grid)
             elif p0 < 1 or self.training:
                 logits = self._read(stage, tokens, output)
                 canvas = tokens.write(logits, canvas)
-                output.auxiliary.append(to_map(canvas, grid))
+                output.auxiliary.append(to_map(canvas, tokens.grid))
                 if p0 < 1:
                     self._retire(logits, stage, tokens, p0)
-        output.features = [to_map(tap, grid) for tap in self.finish(taps)]
-        output.depths = torch.tensor(layers, device=images.device)[tokens.exits].unflatten(1, grid)
+        output.features = [to_map(tap, tokens.grid) for tap in self.finish(taps)]
+        output.depths = tokens.depths
         return output
 
     def _read(self, stage: int, tokens: Survivors, output: SETRDToPOutput) -> Tensor:

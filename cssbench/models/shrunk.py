@@ -20,7 +20,7 @@ from cssbench.losses.mask import IgnoreMode
 from cssbench.models.atm import ATMConfig, ATMHead, ATMLayer, MaskPrediction, head_width, init_linear
 from cssbench.models.backbone import BackboneConfig, to_map
 from cssbench.models.edges import EdgeConfig, EdgeHead, edge_loss, edge_truth, predicted_edges
-from cssbench.models.packed import check_block, pack, run_block, whole
+from cssbench.models.packed import check_block, pack, whole
 from cssbench.models.segmenter import autograd_off
 from cssbench.models.segvit import MaskOutput, SegViT
 from cssbench.models.shrink import ConvDown, QueryForm, QueryUpsampler, half, sparse_cells, sparse_grid, subsample
@@ -174,7 +174,8 @@ class Shrunk(SegViT):
         """-> tokens before the down-sampling (B, L, C); tokens of the last block, all images (B, n, C) in one item or
         each (1, n, C) in its own; edge logits."""
         config, tokens = self.config, self.backbone.embed(images).contiguous()
-        blocks, down, logits = self.backbone.blocks_at(grid), config.down_layer, None
+        blocks, run, down = self.backbone.blocks_at(grid), self.backbone.run, config.down_layer
+        logits = None
         for number in range(down + 1):
             if self.edge_head is not None and config.edges is not None and config.edges.layer == number:
                 logits = self.edge_head(tokens)
@@ -184,9 +185,9 @@ class Shrunk(SegViT):
             x = pack(tokens, self._goes_on(grid, logits, edges))
         else:
             x = whole(subsample(tokens, grid) if self.down is None else self.down(tokens, grid), sparse_cells(grid))
-        x = run_block(blocks[down], whole(tokens), x) if config.down_on == "query" else run_block(blocks[down], x)
+        x = run(blocks[down], whole(tokens), x) if config.down_on == "query" else run(blocks[down], x)
         for block in blocks[down + 1 :]:
-            x = run_block(block, x, attention="auto")
+            x = run(block, x, attention="auto")
         if logits is None:
             return tokens, [x.tokens.unflatten(0, (len(images), -1))], None
         return tokens, [part[None] for part in x.tokens.split(x.counts)], logits
