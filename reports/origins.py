@@ -66,7 +66,7 @@ def origin(run: RunFolder, label: str) -> Origin:
     commit, dirty = known.get("commit"), known.get("dirty")
     changed = "" if commit is None or dirty is None else ", with uncommitted changes" if dirty else ", clean"
     passes = config.train.accumulate * config.train.devices
-    origin, source = known.get("evaluated_from"), training(run)
+    weights_of, source = known.get("evaluated_from"), training(run)
     facts = [
         ("command", _command(known)),
         ("started", _text(known.get("started"))),
@@ -84,12 +84,12 @@ def origin(run: RunFolder, label: str) -> Origin:
         ("scale", _text(source.get("scale"))),
         ("note", _text(source.get("note") or config.note)),
     ]
-    if origin:
+    if weights_of:
         facts += [
             ("evaluated again", "numbers of training are those of the run whose weights were evaluated"),
-            ("weights of", _text(_get(origin, "path"))),
-            ("their digest", _text(_get(origin, "digest"))),
-            ("changed, from and to", _text(_get(origin, "changes"))),
+            ("weights of", _text(_get(weights_of, "path"))),
+            ("their digest", _text(_get(weights_of, "digest"))),
+            ("changed, from and to", _text(_get(weights_of, "changes"))),
             ("trained by", _command(source)),
             ("trained at", f"{_text(source.get('commit'))}, cssbench {_text(source.get('version'))}"),
             ("trained on", _hardware(source)),
