@@ -148,10 +148,13 @@ def _dict(value: Any) -> dict[str, Any]:
 
 
 def _backbone(run: RunFolder, _: Protocol | None) -> dict[str, Any]:
-    """The settings of the backbone; of a model without such a section, of the whole model."""
+    """The settings of the backbone, of `layers` the last block alone: which others a decoder reads is its own affair.
+    Of a model without such a section, of the whole model."""
     model = run.config.model
-    if isinstance(model.options.get("backbone"), dict):
-        return dict(_flat("model.backbone", model.options["backbone"]))
+    if isinstance(backbone := model.options.get("backbone"), dict):
+        layers = backbone.get("layers")
+        last = {"last of layers": layers[-1]} if isinstance(layers, list) and layers else {}
+        return dict(_flat("model.backbone", {k: v for k, v in backbone.items() if not (last and k == "layers")} | last))
     return dict(_flat("model", {"name": model.name, **model.options}))
 
 

@@ -16,7 +16,7 @@ from cssbench.config import EvaluateConfig
 from cssbench.errors import ModelError
 from cssbench.evaluate import EvaluationDataset, View, model_inputs
 from cssbench.models.segmenter import Segmenter, SegOutput
-from cssbench.profile import GIGA, count
+from cssbench.profile import count
 
 DEEPEST = 255  # a depth fits one byte
 
@@ -84,12 +84,12 @@ def gflops(fabric: Any, model: Segmenter, data: EvaluationDataset) -> dict[str, 
     number = min(data.config.flops_images, len(data))
     if not number:
         return {}
-    inputs = [
+    inputs = (
         image.to(fabric.device)
         for index in range(number)
         for _, image in model_inputs(model, data.sampled_view(index), data.config)
-    ]
+    )
     with fabric.autocast():
         cost = count(model, inputs)
-    per_image = sum(cost.flops.values()) * len(inputs) / number / GIGA
+    per_image = cost.gflops * cost.images / number  # `cost` counts passes
     return {"per_pass": cost.gflops, "per_image": per_image, "images": number, "geometry": data.sampled}

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from cssbench import checkpoint, config, recipes
+from cssbench import checkpoint, config, recipes, validate
 from cssbench.config import RunConfig
 from cssbench.errors import ConfigError, CssbenchError, RunError
 from cssbench.experiment import Experiment, build_experiment, derive_seed, resolve
@@ -35,10 +35,12 @@ def evaluate_again(source: Path, out: Path, changes: list[str], data: Path | Non
     """Evaluate every finished step of `source` that `out` does not have yet; returns how many there were to do.
 
     changes: `section.key=value` of `evaluate`, `model` and `MACHINE`. Raises ConfigError for any other, and for options
-    of the model that the weights do not fit; RunError when `source` has no weights, or `out` is of another evaluation.
+    of the model that the weights do not fit; RunError when `source` has no weights or was edited, or `out` is of
+    another evaluation.
     """
     there = RunFolder.read(source)
     there.weights(0)
+    _refuse_edited(there)
     if data is not None:
         changes = [*changes, f"data.root={str(data.resolve())!r}"]
     wanted = changed_config(there, changes)
@@ -61,6 +63,14 @@ def evaluate_again(source: Path, out: Path, changes: list[str], data: Path | Non
     made.folder.provenance |= {"evaluated_from": origin}
     _evaluate_steps(made, there, done, new=before is None)
     return len(there.records()) - done
+
+
+def _refuse_edited(there: RunFolder) -> None:
+    """What is wrong with the numbers of a run must not get a new digest."""
+    free = (validate.UNFINISHED, validate.LIMITED)
+    found = [what for what in validate.problems(there, weights=False) if not what.startswith(free)]
+    if found:
+        raise RunError(f"{there.path} cannot be evaluated again: {'; '.join(found)}. Restore it, or repeat the run.")
 
 
 def changed_config(there: RunFolder, changes: list[str]) -> RunConfig:

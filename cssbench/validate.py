@@ -17,6 +17,7 @@ from cssbench.errors import RunError
 from cssbench.results import SCHEMA, RunFolder, StepRecord, content_digest, safe_name, sha256
 
 WEIGHTS = (".safetensors", ".pt")
+UNFINISHED, LIMITED = "unfinished", "debug-limited"  # how these problems begin
 
 
 def problems(run: RunFolder, weights: bool = True) -> list[str]:
@@ -58,12 +59,12 @@ def require_valid(runs: Iterable[RunFolder]) -> None:
 def _limited(run: RunFolder) -> Iterator[str]:
     if run.provenance.get("debug_limited") or run.config.evaluate.limit is not None:
         limit = run.config.evaluate.limit
-        yield f"debug-limited: evaluated on {f'the first {limit}' if limit else 'a part of the'} images only"
+        yield f"{LIMITED}: evaluated on {f'the first {limit}' if limit else 'a part of the'} images only"
 
 
 def _unfinished(run: RunFolder, records: Sequence[StepRecord]) -> Iterator[str]:
     if len(records) < run.num_steps:
-        yield f"unfinished or truncated: {len(records)} of {run.num_steps} steps have a record"
+        yield f"{UNFINISHED} or truncated: {len(records)} of {run.num_steps} steps have a record"
     classes = [c for group in run.groups for c in group]
     if len(set(classes)) < len(classes):
         yield "scenario.json gives a class to two steps"

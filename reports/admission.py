@@ -14,7 +14,6 @@ from cssbench.results import RunFolder
 
 # Clauses of `compare.differences` about what scenarios of one data set differ in.
 SCENARIO = ("classes per step", compare.IMAGES)
-UNFINISHED = "unfinished"
 
 
 def score_all(
@@ -44,7 +43,7 @@ def score_all(
 
 def flaws(run: RunFolder) -> tuple[str, ...]:
     """What `cssbench validate` has against a run, but that it is unfinished: its rows are labelled so."""
-    return tuple(what for what in validate.problems(run, weights=False) if not what.startswith(UNFINISHED))
+    return tuple(what for what in validate.problems(run, weights=False) if not what.startswith(validate.UNFINISHED))
 
 
 def _refuse_flaws(known: dict[Path, tuple[str, ...]]) -> None:

@@ -206,7 +206,7 @@ def mask_figure(sample: Sample, theme: Theme) -> Figure:
     canvas = np.zeros((rows * (height + gap), columns * (width + gap), 4), np.uint8)
     for (line, column), picture in place.items():
         y, x = line * (height + gap), column * (width + gap)
-        canvas[y : y + height, x : x + width] = _opaque(picture, height, width)
+        canvas[y : y + height, x : x + width] = opaque(picture, height, width)
     wide = min(1.25, 9 / columns)
     figure = Figure(figsize=(columns * wide, rows * wide * height / width + 1.3), layout="constrained")
     axes = figure.subplots()
@@ -231,7 +231,7 @@ def mask_figure(sample: Sample, theme: Theme) -> Figure:
     return figure
 
 
-def _opaque(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+def opaque(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     """(h, w, 3) uint8 -> (height, width, 4), by the nearest pixels."""
     rows = np.arange(height) * picture.shape[0] // height
     columns = np.arange(width) * picture.shape[1] // width

@@ -14,7 +14,7 @@ from cssbench.reports.scored import Scored
 
 MEANS = ("base", "incremental", "all")
 # What may differ between two runs of one entry, as dotted keys of the recipe.
-FREE = ("seed", "note", "scenario.order", "data.root", "data.workers")
+FREE = ("seed", "note", "scenario.order", "data.root", "data.workers", "evaluate.flops_images")
 
 
 @dataclass(frozen=True)

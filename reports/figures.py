@@ -15,7 +15,9 @@ from cssbench.reports.entries import Entry, entries
 from cssbench.reports.formats import file_part, file_parts
 from cssbench.reports.plots import Plot, Theme
 from cssbench.reports.samples import Sample
-from cssbench.reports.scored import Scored
+from cssbench.reports.scored import Scored, training
+from cssbench.reports.stops import StopSample, stops_figure
+from cssbench.reports.tokens import sweeps, tokens_figure
 
 BAND = " Bands, or the lines on bars: one standard deviation over n runs."
 MASKS = 3
@@ -25,7 +27,8 @@ CLASS_FORGETTING = "best IoU of a class at an earlier step - IoU after the last"
 def setting_figures(scored: Sequence[Scored], folder: Path, name: str) -> list[Plot]:
     """Draw the figures of one setting under one protocol into `folder` as `<kind>.<name>.{svg,pdf,png}`.
 
-    Kinds: miou, forgetting, old_new, cost; and of each entry heat and class_forgetting, with its label in the name.
+    Kinds: miou, forgetting, old_new, cost, tokens; and of each entry heat and class_forgetting, with its label in the
+    name.
     """
     found = entries(scored)
     learners = [entry for entry in found if not entry.oracle]
@@ -54,6 +57,10 @@ def setting_figures(scored: Sequence[Scored], folder: Path, name: str) -> list[P
             add("old_new", partial(charts.old_new_figure, finished), caption)
         caption = f"mIoU of all classes against cost, one mark per run; oracles hollow.{_hardware(finished)}"
         add("cost", partial(charts.cost_figure, finished), caption)
+    if found_sweeps := sweeps(scored):
+        caption = "mIoU of all classes after the last step against the cost of a forward pass. A line joins entries "
+        caption += "that differ in one option alone, whose values stand at the marks."
+        add("tokens", partial(tokens_figure, found_sweeps), caption)
     for entry in learners:
         caption = f"IoU of each class after each step: {plots.with_n(entry)}. Beside a class: the step that taught it. "
         caption += "Empty: not learned yet; crossed: no pixel of it in the truth."
@@ -73,7 +80,7 @@ def _equal_all(one: Scored) -> str:
 
 def _hardware(found: Sequence[Entry]) -> str:
     """Times are comparable on equal hardware alone."""
-    machines = {str(one.run.provenance.get("hardware")) for entry in found for one in entry.members}
+    machines = {str(training(one.run).get("hardware")) for entry in found for one in entry.members}
     return " Trained on different machines: times are not comparable." if len(machines) > 1 else ""
 
 
@@ -90,4 +97,21 @@ def sample_figures(samples: Sequence[Sample], folder: Path, name: str) -> list[P
             sample.stem,
         )
         for sample in samples
+    ]
+
+
+def stop_figures(found: Sequence[StopSample], folder: Path, name: str) -> list[Plot]:
+    """`stops.<name>.<image>.{svg,pdf,png}` of the first `MASKS` sample images on which tokens were dropped."""
+    found = found[:MASKS]
+    parts = file_parts(one.sample.stem for one in found)
+    return [
+        plots.plot(
+            "stops",
+            partial(stops_figure, one),
+            folder / f"stops.{file_part(name)}.{parts[one.sample.stem]}",
+            f"{one.sample.stem}: where tokens stopped. Depth: encoder blocks that a token went through. After n "
+            f"blocks: tokens that have stopped by then are bright, those that go on dark.",
+            one.sample.stem,
+        )
+        for one in found
     ]

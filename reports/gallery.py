@@ -12,16 +12,20 @@ from cssbench.reports.admission import score_all
 from cssbench.reports.formats import markdown, markdown_escape
 from cssbench.reports.samples import samples
 from cssbench.reports.scored import Scored, by_setting, caveats, labels, unique
+from cssbench.reports.stops import stop_samples
+from cssbench.reports.tokens import tokens_table
 from cssbench.results import RunFolder, write_bytes
 
 TITLES = {
     "miou": "mIoU over the steps",
     "old_new": "Old against new classes",
     "cost": "Accuracy against cost",
+    "tokens": "Accuracy against GFLOPs",
     "forgetting": "Forgetting of each group",
     "heat": "Classes over the steps",
     "class_forgetting": "What each class lost",
     "masks": "Predictions and their errors",
+    "stops": "Where tokens stopped",
 }
 
 
@@ -55,8 +59,12 @@ def _chapter(members: Sequence[Scored], drawn: Path, kept: Path, number: str, pi
     yield from ("", f"## {markdown_escape(first.setting.title)}", "", markdown(forms.summary_table(members)))
     if groups := forms.first_last_table(members):
         yield markdown(groups)
+    if tokens := tokens_table(members):
+        yield markdown(tokens)
     plots = figures.setting_figures(members, drawn, f"{number}.{first.setting.scenario}")
-    plots += figures.sample_figures(samples(members), drawn, f"{number}.{first.setting.scenario}")
+    sampled = samples(members)
+    plots += figures.sample_figures(sampled, drawn, f"{number}.{first.setting.scenario}")
+    plots += figures.stop_figures(stop_samples(sampled), drawn, f"{number}.{first.setting.scenario}")
     for kind, title in TITLES.items():
         mine = [plot for plot in plots if plot.kind == kind]
         if mine:

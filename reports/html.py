@@ -20,6 +20,8 @@ from cssbench.reports.overview import overview_tables
 from cssbench.reports.plots import Plot
 from cssbench.reports.samples import VERDICT_COLOURS, Sample, map_uri, photo_uri, samples, verdict_legend
 from cssbench.reports.scored import Scored, Setting, by_setting, labels, unique
+from cssbench.reports.stops import StopSample, stop_samples
+from cssbench.reports.tokens import tokens_table
 from cssbench.results import RunFolder, write_bytes
 
 
@@ -33,6 +35,7 @@ class Section:
     groups: Table | None
     measures: Table | None
     forgetting: Table | None
+    tokens: Table | None
     per_class: Table
     plots: dict[str, Plot]
     classes: dict[str, list[Plot]]
@@ -53,6 +56,7 @@ class Chapter:
     sections: tuple[Section, ...]
     conventions: tuple[tuple[str, Table], ...]
     samples: tuple[Sample, ...]
+    stops: tuple[StopSample, ...]
 
 
 def write(runs: list[RunFolder], out_dir: Path, protocol_ids: list[str], *, allow_mixed: bool = False) -> list[Path]:
@@ -68,6 +72,7 @@ def write(runs: list[RunFolder], out_dir: Path, protocol_ids: list[str], *, allo
     drawn = [path for chapter in chapters for part in chapter.sections for plot in part.drawn for path in plot.files]
     for chapter in chapters:
         masks = figures.sample_figures(chapter.samples, out_dir / "figures", chapter.name)
+        masks += figures.stop_figures(chapter.stops, out_dir / "figures", chapter.name)
         drawn += [path for plot in masks for path in plot.files]
     names = labels(runs)
     page = out_dir / "report.html"
@@ -116,6 +121,7 @@ def make_chapters(scored: dict[str, list[Scored]], folder: Path) -> list[Chapter
         place = f"{setting.scenario}.{setting.mode}{f'.{setting.digest}' if several else ''}"
         sections = [_section(anchor, members, folder, f"{name}.{place}") for name, members in by_protocol.items()]
         shown = list({one.label: one for members in by_protocol.values() for one in members}.values())
+        pictures = samples(shown)
         pages = ((one.label, conventions.protocol_table(one)) for one in shown if not one.oracle)
         chapters.append(
             Chapter(
@@ -124,7 +130,8 @@ def make_chapters(scored: dict[str, list[Scored]], folder: Path) -> list[Chapter
                 setting,
                 tuple(sections),
                 tuple((label, page) for label, page in pages if page),
-                tuple(samples(shown)),
+                tuple(pictures),
+                tuple(stop_samples(pictures)),
             )
         )
     return chapters
@@ -144,6 +151,7 @@ def _section(anchor: str, members: list[Scored], folder: Path, name: str) -> Sec
         forms.first_last_table(members),
         forms.measures_table(members),
         forms.forgetting_table(members),
+        tokens_table(members),
         forms.per_class_table(members),
         single,
         classes,

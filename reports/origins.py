@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cssbench.reports.formats import MISSING, ranges
-from cssbench.reports.scored import caveats
+from cssbench.reports.scored import again, caveats, training
 from cssbench.results import RunFolder
 
 STEP_HEADINGS = (
@@ -45,7 +45,7 @@ def run_row(run: RunFolder, label: str) -> tuple[str, ...]:
     iterations = sum(_number(record.content.get("iterations")) for record in records)
     seconds = sum(_number(_get(record.content, "seconds", "train")) for record in records)
     return (
-        f"{label} (oracle)" if run.num_steps == 1 else label,
+        f"{label}{again(run)}{' (oracle)' if run.num_steps == 1 else ''}",
         run.scenario["name"],
         run.scenario["mode"],
         config.method.name,
@@ -61,17 +61,18 @@ def run_row(run: RunFolder, label: str) -> tuple[str, ...]:
 def origin(run: RunFolder, label: str) -> Origin:
     """The provenance of a run; an en dash where its files do not tell."""
     known, config = run.provenance, run.config
-    command, data = known.get("command"), known.get("data")
+    data = known.get("data")
     data = data if isinstance(data, dict) else {}
     commit, dirty = known.get("commit"), known.get("dirty")
     changed = "" if commit is None or dirty is None else ", with uncommitted changes" if dirty else ", clean"
     passes = config.train.accumulate * config.train.devices
+    weights_of, source = known.get("evaluated_from"), training(run)
     facts = [
-        ("command", shlex.join(map(str, command)) if isinstance(command, list) else _text(command)),
+        ("command", _command(known)),
         ("started", _text(known.get("started"))),
         ("cssbench", _text(known.get("version"))),
         ("commit", f"{_text(commit)}{changed}"),
-        ("hardware", _hardware(run)),
+        ("hardware", _hardware(known)),
         ("Python", _text(known.get("python"))),
         ("packages", _text(known.get("packages"))),
         ("seed", str(config.seed)),
@@ -80,9 +81,19 @@ def origin(run: RunFolder, label: str) -> Origin:
         ("precision", config.train.precision),
         *((f"data: {name.replace('_', ' ')}", _text(value)) for name, value in data.items()),
         ("evaluated", f"{config.evaluate.split}, {config.evaluate.inference} image inference"),
-        ("scale", _text(known.get("scale"))),
-        ("note", _text(known.get("note") or config.note)),
+        ("scale", _text(source.get("scale"))),
+        ("note", _text(source.get("note") or config.note)),
     ]
+    if weights_of:
+        facts += [
+            ("evaluated again", "numbers of training are those of the run whose weights were evaluated"),
+            ("weights of", _text(_get(weights_of, "path"))),
+            ("their digest", _text(_get(weights_of, "digest"))),
+            ("changed, from and to", _text(_get(weights_of, "changes"))),
+            ("trained by", _command(source)),
+            ("trained at", f"{_text(source.get('commit'))}, cssbench {_text(source.get('version'))}"),
+            ("trained on", _hardware(source)),
+        ]
     steps = tuple(_step_row(run, index) for index in range(run.num_steps))
     return Origin(label, tuple(caveats(run)), tuple(facts), steps, config.to_toml())
 
@@ -111,12 +122,17 @@ def _step_row(run: RunFolder, index: int) -> tuple[str, ...]:
     )
 
 
-def _hardware(run: RunFolder) -> str:
-    gpu = _get(run.provenance, "hardware", "gpu")
+def _command(known: dict[str, Any]) -> str:
+    command = known.get("command")
+    return shlex.join(map(str, command)) if isinstance(command, list) else _text(command)
+
+
+def _hardware(known: dict[str, Any]) -> str:
+    gpu = _get(known, "hardware", "gpu")
     gpus = [str(g) for g in gpu] if isinstance(gpu, list) else [str(gpu)] if gpu else []
     several = [f"{gpus.count(g)} × {g}" if gpus.count(g) > 1 else g for g in dict.fromkeys(gpus)]
-    cores, memory = _get(run.provenance, "hardware", "cores"), _get(run.provenance, "hardware", "memory_gib")
-    cpu = _get(run.provenance, "hardware", "cpu")
+    cores, memory = _get(known, "hardware", "cores"), _get(known, "hardware", "memory_gib")
+    cpu = _get(known, "hardware", "cpu")
     parts = [*several, str(cpu or ""), f"{cores} cores" if cores else "", f"{memory} GiB" if memory else ""]
     return ", ".join(part for part in parts if part) or MISSING
 

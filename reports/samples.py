@@ -43,13 +43,15 @@ class Swatch:
 class Row:
     """The predictions of one run, one panel per step of the setting, None where there is none; an oracle's stands last.
 
-    predictions: (h, w) uint8 class ids; errors: (h, w) uint8 indices of `VERDICTS`.
+    predictions: (h, w) uint8 class ids; errors: (h, w) uint8 indices of `VERDICTS`; depths: (h, w) uint8, how many
+    blocks the token at a pixel went through, of models that drop tokens.
     """
 
     label: str
     oracle: bool
     predictions: tuple[np.ndarray | None, ...]
     errors: tuple[np.ndarray | None, ...]
+    depths: tuple[np.ndarray | None, ...]
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,9 @@ def samples(scored: Sequence[Scored]) -> list[Sample]:
         for one, _, _, files in there:
             predicted = {step: _ids(path, ids.shape) for step, path in files.items()}
             shown += predicted.values()
-            rows.append(_row(one, ids, predicted))
+            maps = {record.index: record.depth_maps().get(stem) for record in one.run.records()}
+            depths = {step: _ids(path, ids.shape) for step, path in maps.items() if path}
+            rows.append(_row(one, ids, predicted, depths))
         picture = np.asarray(_open(image, ("RGB", "RGBA", "L", "P"), Image.Resampling.LANCZOS))
         times[stem] += 1
         name = stem if times[stem] == 1 else f"{stem} (view {times[stem]})"
@@ -92,18 +96,19 @@ def samples(scored: Sequence[Scored]) -> list[Sample]:
     return found
 
 
-def _row(one: Scored, truth: np.ndarray, predictions: dict[int, np.ndarray]) -> Row:
+def _row(one: Scored, truth: np.ndarray, predictions: dict[int, np.ndarray], depths: dict[int, np.ndarray]) -> Row:
     groups = one.setting.groups
     panels: list[np.ndarray | None] = [None] * len(groups)
     errors: list[np.ndarray | None] = [None] * len(groups)
+    deep: list[np.ndarray | None] = [None] * len(groups)
     before = np.zeros(truth.shape, bool)
     for step, predicted in predictions.items():
         reached = len(groups) - 1 if one.oracle else step
         seen = [c for group in groups[: reached + 1] for c in group]
         found = verdicts(truth, predicted, seen, before)
         before |= found == RIGHT
-        panels[reached], errors[reached] = predicted, found
-    return Row(one.shown_as, one.oracle, tuple(panels), tuple(errors))
+        panels[reached], errors[reached], deep[reached] = predicted, found, depths.get(step)
+    return Row(one.shown_as, one.oracle, tuple(panels), tuple(errors), tuple(deep))
 
 
 def verdicts(truth: np.ndarray, predicted: np.ndarray, seen: Sequence[int], before: np.ndarray) -> np.ndarray:

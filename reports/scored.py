@@ -158,7 +158,7 @@ class Scored:
     @property
     def mark(self) -> str:
         """What a reader must know beside every number, to stand behind the label."""
-        known = " (imported)" if self.imported else ""
+        known = f"{' (imported)' if self.imported else ''}{again(self.run)}"
         if self.oracle:
             return f"{known} (oracle)"
         return known if self.finished else f"{known} ({self.done} of {self.run.num_steps} steps)"
@@ -192,9 +192,30 @@ class Scored:
         return {0: "background"} | known
 
 
+def training(run: RunFolder) -> dict[str, Any]:
+    """The provenance of what trained the weights: the run's own, or that of the run whose weights it evaluated."""
+    origin = run.provenance.get("evaluated_from")
+    found = origin.get("provenance") if isinstance(origin, dict) else None
+    return found if isinstance(found, dict) else run.provenance
+
+
+def again(run: RunFolder) -> str:
+    """To follow the label of stored weights that were evaluated again: ' (evaluated again: p0 0.8)'; else nothing."""
+    origin = run.provenance.get("evaluated_from")
+    if not isinstance(origin, dict):
+        return ""
+    changes = origin.get("changes")
+    shown = [
+        f"{key.removeprefix('model.')} {'none' if new is None else new}"
+        for key, (_, new) in (changes.items() if isinstance(changes, dict) else ())
+        if not key.startswith(("data.", "train."))  # where it ran
+    ]
+    return f" (evaluated again{': ' if shown else ''}{', '.join(shown)})"
+
+
 def caveats(run: RunFolder) -> list[str]:
     """Why the numbers of a run must not stand beside published ones; empty where nothing is known against it."""
-    data, scale = run.provenance.get("data"), str(run.provenance.get("scale") or "full")
+    data, scale = run.provenance.get("data"), str(training(run).get("scale") or "full")
     data = data if isinstance(data, dict) else {}
     found = []
     if data.get("generated") or "synthetic" in (data.get("name"), run.scenario["dataset"]):
@@ -203,7 +224,7 @@ def caveats(run: RunFolder) -> list[str]:
         found.append(scale.replace("small", "small budget", 1) if scale.startswith("small") else scale)
     if run.config.evaluate.limit is not None:
         found.append(f"evaluated on the first {run.config.evaluate.limit} images only")
-    note = str(run.provenance.get("note") or run.config.note)
+    note = str(training(run).get("note") or run.config.note)
     return found + ([note] if note else [])
 
 

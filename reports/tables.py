@@ -12,6 +12,7 @@ from cssbench.reports.admission import score_all
 from cssbench.reports.formats import DOCUMENT, NEEDED, Table, cut, file_part, latex, markdown
 from cssbench.reports.overview import overview_tables
 from cssbench.reports.scored import Scored, by_setting
+from cssbench.reports.tokens import tokens_frame, tokens_table
 from cssbench.results import RunFolder, write_bytes
 
 FRAMES: dict[str, Callable[[Sequence[Scored]], pd.DataFrame]] = {
@@ -22,6 +23,7 @@ FRAMES: dict[str, Callable[[Sequence[Scored]], pd.DataFrame]] = {
     "steps": frames.steps_frame,
     "per_class": frames.per_class_frame,
     "class_steps": frames.class_steps_frame,
+    "tokens": tokens_frame,
 }
 
 
@@ -75,5 +77,7 @@ def _tables(ones: Sequence[Scored]) -> dict[str, tuple[list[Table], list[Table]]
     # One table per run: with many steps, all of them together would not fit a page.
     narrow = [table for one in ones if (table := forms.forgetting_table([one]))]
     measures = [table for members in settings if (table := forms.measures_table(members))]
+    tokens = [table for members in settings if (table := tokens_table(members))]
     same = {"overview": overview_tables(ones), "summary": summaries, "groups": groups, "measures": measures}
+    same |= {"tokens": tokens}
     return {kind: (found, found) for kind, found in same.items()} | {"forgetting": (wide, narrow)}

@@ -28,7 +28,8 @@ JOINT = [[0, 0, 0, 0], [0, 9, 0, 1], [0, 0, 10, 0], [0, 0, 0, 10]]  # 0.9, 1, 10
 def make(path: Path, steps: list[dict[str, Any]], groups=((1, 2), (3,)), keys=KEYS, **changes: Any) -> RunFolder:
     """A run folder with one finished step per item of `steps`: {matrix suffix: rows}, suffix "" for the plain one."""
     given = {"seed": 0, "method": "finetune", "model": "tiny", "mode": "overlapped", "scenario": "toy-2-1", "note": ""}
-    given |= {"classes": ["sky", "tree", "car"], "provenance": {"data": {"name": "toy"}}, "evaluate": {}} | changes
+    given |= {"classes": ["sky", "tree", "car"], "provenance": {"data": {"name": "toy"}}, "evaluate": {}}
+    given |= {"numbers": {}} | changes
     content = {"seed": given["seed"], "note": given["note"], "evaluate": given["evaluate"], "train": {"iterations": 5}}
     parts = {kind: given[kind] for kind in ("method", "model", "scenario")}
     content |= {kind: part if isinstance(part, dict) else {"name": part} for kind, part in parts.items()}
@@ -39,7 +40,8 @@ def make(path: Path, steps: list[dict[str, Any]], groups=((1, 2), (3,)), keys=KE
     run.create()
     for index, matrices in enumerate(steps):
         arrays = {f"{key}{end}": np.array(rows) for key in keys for end, rows in matrices.items()}
-        run.finish_step(index, arrays, {"images": 7, "iterations": 5, "seconds": {"train": 61.0}, "loss": {"ce": 0.5}})
+        numbers = {"images": 7, "iterations": 5, "seconds": {"train": 61.0}, "loss": {"ce": 0.5}}
+        run.finish_step(index, arrays, numbers | given["numbers"])
     return RunFolder.read(path)
 
 
@@ -69,6 +71,15 @@ def reordered(path: Path, **changes: Any) -> RunFolder:
 
 def joint(path: Path, **changes: Any) -> RunFolder:
     return make(path, [{"": JOINT}], groups=((1, 2, 3),), **{"scenario": "toy-joint"} | changes)
+
+
+def add_depths(run: RunFolder, depths: np.ndarray, stem: str = "a") -> None:
+    """For each step of a run with samples: how deep the token at each of 16 x 16 pixels went."""
+    for record in run.records():
+        (record.folder / "depths").mkdir()
+        picture = Image.fromarray(depths.astype(np.uint8))
+        picture.putpalette(bytes(768))
+        picture.save(record.folder / "depths" / f"{stem}.png")
 
 
 def add_samples(run: RunFolder, stem: str = "a") -> None:

@@ -68,6 +68,11 @@ def test_heads_may_differ_but_not_backbones(tmp_path):
     rows, found = compare.table([run, other, oracle], MMSEG)
     assert found == []
     assert [row.oracle for row in rows] == [None, oracle, None]  # the own oracle has the same head, too
+    taps = [{"backbone": {"width": 16, "layers": layers}} for layers in ([6, 8, 12], [12], [6, 9])]
+    read = [fabricate(tmp_path / f"{n}", model={"name": "tiny", **each}) for n, each in enumerate(taps)]
+    assert compare.differences(read[:2]) == []  # a decoder's own choice, as long as as many blocks run
+    last = f"model.backbone.last of layers: 12 in {tmp_path}/0, 9 in {tmp_path}/2"
+    assert compare.differences([read[0], read[2]]) == [last]
     whole = [fabricate(tmp_path / name, model={"name": "flat", "width": w}) for name, w in (("C", 8), ("D", 9))]
     assert compare.differences(whole) == [f"model.width: 8 in {tmp_path}/C, 9 in {tmp_path}/D"]
 

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 from fabricated import fabricate_imported
 from PIL import Image
-from tiny_runs import EQD, make_recipe, start
+from tiny_runs import EQD, LINEAR, SEGVIT, make_recipe, start
 
 from cssbench import compare, protocol, validate
 from cssbench.reevaluate import evaluate_again
-from cssbench.results import RunFolder, read_json
+from cssbench.results import RunFolder, read_json, write_json
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -127,6 +128,28 @@ def test_the_source_must_have_weights(trained: RunFolder, tmp_path: Path, comman
     assert (code, "does not match its checksum" in err) == (2, True), err
 
 
+def test_an_edited_run_is_refused(trained: RunFolder, tmp_path: Path, command: Command):
+    copy = shutil.copytree(trained.path, tmp_path / "copy")
+    record = copy / "steps" / "00" / "record.json"
+    write_json(record, read_json(record) | {"iterations": 1000})
+    code, _, err = command("evaluate", copy, "--out", tmp_path / "new")
+    assert (code, "record.json was edited" in err) == (2, True), err
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("method", ["segvit-cl", "reminder"])
+def test_what_a_method_does_after_training_is_in_the_weights(tmp_path: Path, method: str):
+    """SegViT-CL calibrates its head and freezes the old ones; REMINDER keeps prototypes."""
+    model = SEGVIT if method == "segvit-cl" else LINEAR
+    trained = start(make_recipe(tmp_path, model), tmp_path / "run", f"method.name={method}")
+    found = again(trained, tmp_path / "again")
+    for old, new in zip(trained.records(), found.records(), strict=True):
+        assert all(np.array_equal(matrix, new.matrices[key]) for key, matrix in old.matrices.items())
+        assert new.tokens is None
+        assert old.gflops == new.gflops
+        assert old.gflops["images"] == 3
+
+
 def test_other_data_are_refused(trained: RunFolder, tmp_path: Path, command: Command):
     other = tmp_path / "other"
     other.mkdir()
@@ -167,8 +190,12 @@ def test_a_folder_of_something_else_is_left_alone(trained: RunFolder, tmp_path: 
     assert (code, "differs in model.edges.threshold" in err) == (2, True), err
     code, _, err = command("evaluate", trained.path, "--out", trained.path)
     assert (code, "a run of its own" in err) == (2, True), err
-    other = start(make_recipe(tmp_path, EQD), tmp_path / "other", "seed=1", f"data.root={str(trained.path.parent)!r}")
-    shutil.copy(trained.path / "config.toml", other.path / "config.toml")
+    other = RunFolder.read(shutil.copytree(trained.path, tmp_path / "other"))
+    written = other.records()[0]
+    weights = safetensors.torch.load_file(written.folder / "model.safetensors")
+    safetensors.torch.save_file({k: v + 1 for k, v in weights.items()}, written.folder / "model.safetensors")
+    rest = {k: v for k, v in written.content.items() if k not in ("sha256", "run_sha256", "digest")}
+    other.write_record(0, rest)  # as if trained otherwise
     code, _, err = command("evaluate", other.path, "--out", out)
     assert (code, "other weights" in err) == (2, True), err
     assert read_json(out / "steps" / "00" / "record.json") == record

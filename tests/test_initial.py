@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import tomli_w
 import torch
-from tiny_runs import SEGVIT, build, make_recipe, start
+from tiny_runs import LINEAR, SEGVIT, build, make_recipe, start
 
 from cssbench import task_loop
 from cssbench.base_facts import base_facts
@@ -86,8 +86,7 @@ def test_another_model_or_other_classes_are_refused_and_nothing_is_left(
 ):
     (tmp_path / "recipe.toml").write_text(tomli_w.dumps(recipe))
     if "model.name=vit-linear" in changes:
-        linear = {"name": "vit-linear", "backbone": SEGVIT["backbone"]}
-        (tmp_path / "recipe.toml").write_text(tomli_w.dumps(recipe | {"model": linear}))
+        (tmp_path / "recipe.toml").write_text(tomli_w.dumps(recipe | {"model": LINEAR}))
     words = [word for change in (from_run(first), *changes) for word in ("--set", change)]
     code, _, err = command("run", tmp_path / "recipe.toml", "--out", tmp_path / "out", *words)
     assert (code, message in err) == (2, True), err

@@ -23,6 +23,7 @@ EQD = {
     "upsample_queries": "bicubic",
     "edges": {"threshold": 0.5},
 }
+LINEAR = {"name": "vit-linear", "backbone": VIT | {"layers": [1, 2]}}
 SEGVIT = {"name": "segvit", "backbone": VIT | {"layers": [1, 2]}, "head": HEAD}
 
 
