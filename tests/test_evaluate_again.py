@@ -95,7 +95,7 @@ def test_tokens_follow_the_threshold(trained: RunFolder, tmp_path: Path):
         (["model.name=segvit"], "model"),
         (["scenario.mode=disjoint"], "scenario.mode cannot change"),
         (["model.head.width=8"], "Changed: model.head.width"),
-        (["model.edges=none"], "Changed: model.edges.threshold, model.edges.truth, model.edges.weight"),
+        (["model.edges=none"], "Changed: model.edges.layer, model.edges.select, model.edges.threshold"),
         (["model.edges.thresh=0.5"], "unknown key 'edges.thresh'"),
         (["evaluate.limt=3"], "unknown key 'evaluate.limt'"),
         (["model.upsample_queries=tied", "evaluate.short_side=64"], "grid of 4x4"),
