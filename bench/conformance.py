@@ -13,7 +13,7 @@ from cssbench import registry
 from cssbench.provenance import code_state
 from cssbench.testing import INVARIANTS, Finding, Refused, conformance
 
-MODELS = ("vit-linear", "deeplabv3", "segvit")
+MODELS = ("vit-linear", "setr-naive", "segmenter", "deeplabv3", "setr-dtop", "segvit", "shrunk", "dtop")
 
 
 def examine() -> dict[tuple[str, str], list[Finding] | str]:

@@ -8,6 +8,7 @@ of a recipe does; it is a file of the group `cssbench.presets`. What they may ho
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from cssbench import registry
 from cssbench.errors import ConfigError, UnknownNameError
 
+KEPT = ("pretrained", "checkpoint", "mean", "std", "drop_path")  # of an encoder, when its model is exchanged
 PARTS = ("method", "model")  # sections whose options belong to the part they name
 
 
@@ -64,6 +66,44 @@ def named_model(name: str) -> dict[str, Any]:
     if not isinstance(section.get("name"), str):
         raise ConfigError(f'Preset {name!r} names no model: it needs a line such as name = "segvit".')
     return section
+
+
+def with_model(recipe: dict[str, Any], name: str, changes: Sequence[str] = ()) -> dict[str, Any]:
+    """A recipe with its whole [model] replaced by an installed model or preset: what --model does.
+
+    An encoder of the same name keeps the recipe's weights, normalisation and drop path. A ViT stores its position
+    embeddings for the recipe's crop, unless the preset says for which. changes: overrides that follow.
+    Raises as `named_model`; ConfigError where the recipe starts from weights of another encoder and `changes` do not
+    say what this one starts from.
+    """
+    section, old = named_model(name), with_preset(recipe).get("model", {})
+    mine, its = _encoder(section), _encoder(old) if "name" in old else None
+    if mine is None:
+        return {**recipe, "model": section}
+    backbone, before = {}, old.get("backbone", {})
+    if "image_size" in type(mine).model_fields:
+        backbone["image_size"] = recipe.get("augment", {}).get("crop", 512)
+    if its is not None and its.name.split(".")[0] == mine.name.split(".")[0]:
+        backbone |= {key: before[key] for key in KEPT if key in before}
+    elif before.get("pretrained") or before.get("checkpoint", "none") != "none":
+        weights = ("model.backbone.checkpoint", "model.backbone.pretrained")
+        if not any(change.partition("=")[0].strip() in weights for change in changes):
+            raise ConfigError(
+                f"The recipe starts from weights of {before.get('name')!r}, and model {name!r} has the encoder "
+                f"{mine.name!r}. Say what it starts from: --set model.backbone.checkpoint=FILE, --set "
+                f"model.backbone.pretrained=true (timm downloads them), or =false (from scratch)."
+            )
+    return {**recipe, "model": {**section, "backbone": backbone | section.get("backbone", {})}}
+
+
+def _encoder(section: dict[str, Any]) -> Any:
+    """`backbone` of a [model] section with its defaults, or None for a model that has none with a name."""
+    cls = registry.load("models", section["name"])
+    field: Any = cls.Config.model_fields.get("backbone")
+    if "name" not in getattr(getattr(field, "annotation", None), "model_fields", {}):
+        return None
+    default = field.get_default(call_default_factory=True)
+    return default.model_copy(update={"name": section.get("backbone", {}).get("name", default.name)})
 
 
 def known_presets() -> list[str]:

@@ -71,6 +71,32 @@ def test_another_preset_of_the_same_model_drops_the_first_one_s_options():
     assert recipes.extend(base, {"model": {"head": {"heads": 4}}})["model"]["head"] == {"layers": 1, "heads": 4}
 
 
+def test_another_model_keeps_the_weights_of_the_same_encoder():
+    backbone = {"name": "vit_base_patch16_384", "checkpoint": "b.safetensors", "mean": [0.5, 0.5, 0.5], "layers": [12]}
+    old = recipe(name="segvit", backbone=backbone, head={"layers": 1}) | {"augment": {"crop": 480}}
+    new = recipes.with_model(old, "segvit-b-dtop")["model"]
+    assert new["name"] == "dtop"
+    assert new["head"] == {"self_attention": True, "heads": 6}
+    assert new["backbone"] == {
+        "name": "vit_base_patch16_384.augreg_in21k_ft_in1k",
+        "layers": [6, 8, 12],
+        "image_size": 480,
+        "checkpoint": "b.safetensors",
+        "mean": [0.5, 0.5, 0.5],
+    }
+    assert "checkpoint" not in recipes.with_model(recipe(name="segvit"), "segvit-b-dtop")["model"]["backbone"]
+
+
+def test_another_encoder_never_starts_from_scratch_unasked():
+    old = recipe(name="segvit-b", backbone={"checkpoint": "b.safetensors"})
+    for name in ("segvit-l", "deeplabv3-r101"):
+        with pytest.raises(ConfigError, match="Say what it starts from: --set model"):
+            recipes.with_model(old, name)
+    made = recipes.with_model(old, "segvit-l", ["model.backbone.pretrained=false"])
+    assert "checkpoint" not in made["model"]["backbone"]
+    assert "image_size" not in recipes.with_model(recipe(name="segvit"), "deeplabv3")["model"]["backbone"]
+
+
 def test_unknown_names_are_told_the_nearest_models_and_presets():
     for name, near in (("segvit-bb", "'segvit-b'"), ("segvitt", "'segvit'")):
         with pytest.raises(UnknownNameError, match=f"no model named {name!r}. Did you mean {near}"):

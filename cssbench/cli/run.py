@@ -55,7 +55,7 @@ def start_run(
 
     content = recipes.read_recipe(recipe)
     if model is not None:
-        content["model"] = _model_for(model, content)
+        content = recipes.with_model(content, model, changes)
     content = recipes.override(content, changes)
     if data is not None:
         content = recipes.override(content, [f"data.root={str(data.resolve())!r}"])
@@ -75,19 +75,6 @@ def start_run(
         if made.fabric.is_global_zero and not made.folder.records():
             shutil.rmtree(out)  # a mistake seen late: leave nothing, so that the same --out can be used again
         raise
-
-
-def _model_for(name: str, recipe: dict[str, Any]) -> dict[str, Any]:
-    """The [model] section that --model stands for. A ViT stores its position embeddings for the recipe's crop, unless
-    the preset says for which."""
-    from cssbench import recipes, registry
-
-    section = recipes.named_model(name)
-    backbone: Any = registry.load("models", section["name"]).Config.model_fields.get("backbone")
-    if "image_size" in getattr(getattr(backbone, "annotation", None), "model_fields", {}):
-        crop = recipe.get("augment", {}).get("crop", 512)
-        section["backbone"] = {"image_size": crop} | section.get("backbone", {})
-    return section
 
 
 def _refuse_existing(out: Path, wanted: Any) -> None:
