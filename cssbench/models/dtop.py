@@ -19,7 +19,6 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from cssbench.errors import ModelError
-from cssbench.losses.mask import IgnoreMode
 from cssbench.losses.pixel import cross_entropy, full_precision, own_labels
 from cssbench.models.atm import ATMConfig, ATMHead, MaskPrediction
 from cssbench.models.backbone import Backbone, to_map
@@ -236,29 +235,17 @@ class DToP(SegViT):
                 board.stages.append(MaskPrediction(to_map(board.masks, tokens.grid), classes))
         return scores if votes else None
 
-    def loss(
-        self,
-        output: MaskOutput,
-        labels: Tensor,
-        absent_weight: float | None = None,
-        *,
-        weight: Tensor | None = None,
-        newest_only: bool = False,
-        ignore_mode: IgnoreMode | None = None,
+    def extra_terms(
+        self, output: DToPOutput, labels: Tensor, chosen: slice, weight: Tensor | None
     ) -> dict[str, Tensor]:
-        """As SegViT's; with FCN auxiliary heads also `auxiliary`, the sum of their cross-entropies: classes of other
-        steps are background to a step's heads."""
-        terms = super().loss(
-            output, labels, absent_weight, weight=weight, newest_only=newest_only, ignore_mode=ignore_mode
-        )
-        assert isinstance(output, DToPOutput)
-        if self.config.auxiliary == "fcn":
-            pairs = list(zip(output.logits_of, self.positions, strict=True))
-            total = terms["class"].new_zeros(())
-            for made, positions in pairs[-1:] if newest_only else pairs:
-                own = own_labels(labels, range(max(1, positions.start) - 1, positions.stop), other=0)
-                for logits in made:
-                    full = F.interpolate(full_precision(logits), labels.shape[-2:], mode="bilinear")
-                    total = total + cross_entropy(full, own, "all", weight)
-            terms["auxiliary"] = self.config.fcn_weight * total
-        return terms
+        """With FCN auxiliary heads: `auxiliary`, the sum of their cross-entropies. To a step's heads the classes of
+        other steps are background."""
+        if self.config.auxiliary == "atm":
+            return {}
+        total = labels.new_zeros((), dtype=torch.float32)
+        for made, positions in zip(output.logits_of[chosen], self.positions[chosen], strict=True):
+            own = own_labels(labels, range(max(1, positions.start) - 1, positions.stop), other=0)
+            for logits in made:
+                full = F.interpolate(full_precision(logits), labels.shape[-2:], mode="bilinear")
+                total = total + cross_entropy(full, own, "all", weight)
+        return {"auxiliary": self.config.fcn_weight * total}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -199,26 +199,42 @@ class SegViT(Segmenter):
         weight: (B,) factor per image; mask losses pool the images of a batch, so the mean factor scales every term.
         newest_only: leave old heads out: their classes are not labelled at this step, which is not absence.
         """
-        triples = list(zip(output.heads, output.stages, self.positions, strict=True))
-        chosen = triples[-1:] if newest_only else triples
-        ran = [(head, stages, positions) for head, stages, positions in chosen if stages is not None]
+        chosen = slice(-1, None) if newest_only else slice(None)
         if self.ce is not None:
-            made = [(head, prediction, positions) for head, stages, positions in ran for prediction in stages]
-            terms = [head_loss(head, prediction, labels, own, self.ce, weight) for head, prediction, own in made]
-            return {"ce": torch.stack(terms).sum()}
-        config = self.config
-        absent_weight = config.absent_weight if absent_weight is None else absent_weight
-        ignore_mode = ignore_mode or config.ignore_mode
-        total = {"class": labels.new_zeros((), dtype=torch.float32)}
-        total |= {"focal": total["class"], "dice": total["class"]}
-        for _, stages, positions in ran:
-            found = atm_terms(stages, labels, positions, absent_weight, ignore_mode)
-            total["class"] = total["class"] + found["class"]
-            total["focal"] = total["focal"] + config.focal_weight * found["focal"]
-            total["dice"] = total["dice"] + config.dice_weight * found["dice"]
-        if weight is not None:
-            total = {name: value * weight.mean().to(value) for name, value in total.items()}
+            terms = self._cross_entropy(output, labels, chosen, weight)
+        else:
+            absent_weight = self.config.absent_weight if absent_weight is None else absent_weight
+            terms = self._mask_terms(output, labels, chosen, absent_weight, ignore_mode or self.config.ignore_mode)
+            if weight is not None:
+                terms = {name: value * weight.mean().to(value) for name, value in terms.items()}
+        return terms | self.extra_terms(output, labels, chosen, weight)
+
+    def extra_terms(self, output: Any, labels: Tensor, chosen: slice, weight: Tensor | None) -> dict[str, Tensor]:
+        """What a model adds to the loss of its heads, weighted. chosen: of the steps' heads; weight: as in `loss`."""
+        return {}
+
+    def _mask_terms(
+        self, output: MaskOutput, labels: Tensor, chosen: slice, absent_weight: float, ignore_mode: IgnoreMode
+    ) -> dict[str, Tensor]:
+        factors = {"class": 1.0, "focal": self.config.focal_weight, "dice": self.config.dice_weight}
+        total = dict.fromkeys(factors, labels.new_zeros((), dtype=torch.float32))
+        for stages, positions in zip(output.stages[chosen], self.positions[chosen], strict=True):
+            if stages is not None:
+                found = atm_terms(stages, labels, positions, absent_weight, ignore_mode)
+                total = {name: total[name] + factor * found[name] for name, factor in factors.items()}
         return total
+
+    def _cross_entropy(
+        self, output: MaskOutput, labels: Tensor, chosen: slice, weight: Tensor | None
+    ) -> dict[str, Tensor]:
+        assert self.ce is not None
+        triples = zip(output.heads[chosen], output.stages[chosen], self.positions[chosen], strict=True)
+        terms = [
+            head_loss(head, prediction, labels, positions, self.ce, weight)
+            for head, stages, positions in triples
+            for prediction in stages or ()
+        ]
+        return {"ce": torch.stack(terms).sum()}
 
     def no_decay_names(self) -> set[str]:
         return {f"backbone.{name}" for name in self.backbone.no_decay_names()}

@@ -16,7 +16,6 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from cssbench.errors import ModelError
-from cssbench.losses.mask import IgnoreMode
 from cssbench.models.atm import ATMConfig, ATMHead, ATMLayer, MaskPrediction, head_width, init_linear
 from cssbench.models.backbone import BackboneConfig, to_map
 from cssbench.models.edges import EdgeConfig, EdgeHead, edge_loss, edge_truth, predicted_edges
@@ -192,28 +191,17 @@ class Shrunk(SegViT):
             return tokens, [x.tokens.unflatten(0, (len(images), -1))], None
         return tokens, [part[None] for part in x.tokens.split(x.counts)], logits
 
-    def loss(
-        self,
-        output: MaskOutput,
-        labels: Tensor,
-        absent_weight: float | None = None,
-        *,
-        weight: Tensor | None = None,
-        newest_only: bool = False,
-        ignore_mode: IgnoreMode | None = None,
+    def extra_terms(
+        self, output: ShrunkOutput, labels: Tensor, chosen: slice, weight: Tensor | None
     ) -> dict[str, Tensor]:
-        """As SegViT's; with EQD and one head also `edge`."""
-        terms = super().loss(
-            output, labels, absent_weight, weight=weight, newest_only=newest_only, ignore_mode=ignore_mode
-        )
+        """With EQD and one head: `edge`."""
         edges = self.config.edges
-        if edges is not None and len(self.heads) == 1:
-            assert isinstance(output, ShrunkOutput)
-            assert output.edges is not None
-            truth = edge_truth(labels, self.backbone.patch, edges.truth)
-            factor = 1.0 if weight is None else weight.mean()
-            terms["edge"] = edges.weight * factor * edge_loss(output.edges, truth)
-        return terms
+        if edges is None or len(self.heads) > 1:
+            return {}
+        assert output.edges is not None
+        truth = edge_truth(labels, self.backbone.patch, edges.truth)
+        factor = 1.0 if weight is None else weight.mean()
+        return {"edge": edges.weight * factor * edge_loss(output.edges, truth)}
 
     def param_groups(self) -> list[dict[str, Any]]:
         """As of every model, but what is not the ViT (QU, edge head, convolution) learns at the head rate, as in the
