@@ -38,6 +38,16 @@ def images(number=3, height=32, width=32):
     return torch.randn(number, 3, height, width, generator=torch.Generator().manual_seed(2))
 
 
+def kept(output):
+    """Tokens of each image that all blocks saw."""
+    return (output.depths == output.depths.max()).flatten(1).sum(1).tolist()
+
+
+def dense(packed):
+    """(B, n, C) of images that kept as many tokens."""
+    return packed.tokens.unflatten(0, (len(packed.counts), -1))
+
+
 def with_edges(model):
     """Large weights: about half of the tokens are edges, not as many in each image."""
     torch.nn.init.normal_(model.edge_head.mlp[-1].weight, std=3.0)
@@ -93,8 +103,8 @@ def test_the_encoder_is_timms_with_fewer_queries():
     deep = vit.blocks[2](query_block(vit.blocks[1], tokens[:, [0, 2, 8, 10]], tokens))
     shallow, found, _ = model._encode(x, (4, 4), None)
     torch.testing.assert_close(shallow, tokens, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(found[0], deep, atol=1e-5, rtol=1e-5)
-    naive = make(down_on="all")._encode(x, (4, 4), None)[1][0]
+    torch.testing.assert_close(dense(found), deep, atol=1e-5, rtol=1e-5)
+    naive = dense(make(down_on="all")._encode(x, (4, 4), None)[1])
     expected = vit.blocks[2](vit.blocks[1](tokens[:, [0, 2, 8, 10]]))
     torch.testing.assert_close(naive, expected, atol=1e-5, rtol=1e-5)
 
@@ -164,7 +174,7 @@ def test_any_family_at_any_layer(name, down_layer):
         expected = PlacedBlock(block.block, 4, rope, block.table, index)(expected)
     shallow, found, _ = model._encode(x, (4, 4), None)
     torch.testing.assert_close(shallow, tokens, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(found[0], expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(dense(found), expected, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -175,24 +185,22 @@ def test_edges_of_any_family(name):
     raw = model(x).edges
     model.edge_head.mlp[-1].bias[1] += (raw[..., 0] - raw[..., 1]).median()  # half of the tokens are edges
     together = model(x)
-    assert len(set(together.kept.tolist())) > 1
+    assert len(set(kept(together))) > 1
     for i in range(3):
         torch.testing.assert_close(together.scores[i], model(x[i : i + 1]).scores[0], atol=1e-5, rtol=1e-4)
     every = torch.ones(3, 16, dtype=torch.bool)
-    torch.testing.assert_close(
-        torch.cat(model._encode(x, (4, 4), every)[1]), model.backbone(x)[0], atol=1e-4, rtol=1e-4
-    )
+    torch.testing.assert_close(dense(model._encode(x, (4, 4), every)[1]), model.backbone(x)[0], atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
 def test_an_image_does_not_depend_on_its_neighbours_in_the_batch():
     model, x = with_edges(make(**EQD)), images(4)
     together = model(x)
-    assert len(set(together.kept.tolist())) > 1
-    assert all(4 <= n <= 16 for n in together.kept.tolist())
+    assert len(set(kept(together))) > 1
+    assert all(4 <= n <= 16 for n in kept(together))
     for i in range(4):
         alone = model(x[i : i + 1])
-        assert alone.kept == together.kept[i]
+        assert kept(alone) == [kept(together)[i]]
         torch.testing.assert_close(together.scores[i], alone.scores[0], atol=1e-5, rtol=1e-4)
     others = model(torch.cat([x[:1], 10 * x[1:]]))
     torch.testing.assert_close(others.scores[0], together.scores[0], atol=1e-5, rtol=1e-4)
@@ -209,7 +217,7 @@ def test_no_edge_is_plain_down_sampling_and_all_edges_the_whole_image():
     tokens = found[0]
     for block in model.backbone.vit.blocks:
         tokens = block(tokens)
-    torch.testing.assert_close(torch.cat(found[1]), tokens, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(dense(found[1]), tokens, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -224,11 +232,8 @@ def test_depths_are_the_blocks_that_each_token_went_through():
     edges = torch.zeros(2, 16, dtype=torch.bool)
     edges[1, [1, 15]] = True
     plain = [[3, 0, 3, 0], [0, 0, 0, 0], [3, 0, 3, 0], [0, 0, 0, 0]]
-    kept = [[3, 3, 3, 0], [0, 0, 0, 0], [3, 0, 3, 0], [0, 0, 0, 3]]
-    assert make(**EQD)(x, edges).depths.tolist() == [plain, kept]
-    model = with_edges(make(**EQD))
-    output = model(x)
-    assert (output.depths == 3).flatten(1).sum(1).tolist() == output.kept.tolist()
+    edged = [[3, 3, 3, 0], [0, 0, 0, 0], [3, 0, 3, 0], [0, 0, 0, 3]]
+    assert make(**EQD)(x, edges).depths.tolist() == [plain, edged]
     assert make(cls=SegViT)(x).depths is None
 
 
@@ -256,21 +261,21 @@ def halves():
 
 def test_teacher_forcing_keeps_the_true_edges_in_training_alone():
     x, labels = images(), halves()
-    for options, kept in ((TRUTH, [8, 4, 4]), (EQD, None)):
+    for options, forced in ((TRUTH, [8, 4, 4]), (EQD, None)):
         model = with_edges(make(**options)).train()
         inputs = model.training_inputs(labels)
-        assert set(inputs) == ({"edges"} if kept else set())
+        assert set(inputs) == ({"edges"} if forced else set())
         output = model(x, **inputs)
-        if kept:
-            assert output.kept.tolist() == kept  # 2x2 grid; in image 0 also the 4 cells of column 1
+        if forced:
+            assert kept(output) == forced  # 2x2 grid; in image 0 also the 4 cells of column 1
             assert inputs["edges"][0].view(4, 4).int().tolist() == [[0, 1, 0, 0]] * 4
         else:
-            predicted = output.kept.tolist()
+            predicted = kept(output)
             assert predicted != [8, 4, 4]
         terms = model.loss(output, labels)
         assert torch.autograd.grad(terms["edge"], list(model.edge_head.parameters()))[0].abs().sum() > 0
     truth = with_edges(make(**TRUTH))
-    assert truth(x).kept.tolist() == predicted
+    assert kept(truth(x)) == predicted
 
 
 def test_teacher_forcing_ends_with_step_0():
@@ -334,7 +339,7 @@ def test_other_sizes_need_queries_that_may_be_resized(options):
     model = make(upsample_queries="bicubic", **options)
     output = model(images(2, 24, 40))
     assert output.scores.shape == (2, 2, 24, 40)
-    assert output.kept.min() >= 6
+    assert min(kept(output)) >= 6
     assert model(images(1)).scores.shape == (1, 2, 32, 32)
 
 
@@ -389,7 +394,7 @@ def macs(size, options, head=None, classes=150, **backbone):
         with counter:
             shallow, deep, _ = model._encode(torch.empty(1, 3, size, size), grid, None)
             if model.upsampler is None:
-                model.heads[0](deep, (grid[0] // 2, grid[1] // 2))
+                model.heads[0]([deep.tokens[None]], (grid[0] // 2, grid[1] // 2))
             else:
                 model.heads[0]([model.upsampler(shallow, deep, grid)], grid)
     return counter.get_total_flops() / 2e9
@@ -420,3 +425,20 @@ def test_costs_are_the_published_ones(published, size, options, head, backbone, 
     width, depth, down = (1024, 24, 8) if head else (768, 12, 6)
     total = macs(size, options, head, classes, **backbone) + norms_and_product(size, width, down, depth, classes)
     assert total == pytest.approx(published, rel=0.01)
+
+
+@torch.no_grad()
+def test_up_sampling_may_start_from_the_shallow_tap():
+    """Then a query says what its own cell shows: projected and normed, added to the learned query."""
+    model, x = make(upsample_start="tap"), images()
+    shallow, deep, _ = model._encode(x, (4, 4), None)
+    up = model.upsampler
+    first, second = up.stages
+    own = torch.nn.functional.layer_norm(
+        shallow @ first.project.weight.T + first.project.bias, (8,), first.norm.weight, first.norm.bias
+    )
+    queries = first.layers[0](up.queries + own, own)[0]
+    expected = second(queries, dense(deep))[0]
+    torch.testing.assert_close(up(shallow, deep, (4, 4)), expected, atol=1e-5, rtol=1e-5)
+    up.start = "learned"
+    assert not torch.allclose(up(shallow, deep, (4, 4)), expected, atol=1e-2)

@@ -6,7 +6,7 @@ Shapes: B images, L tokens on an h x w grid, C encoder width, d decoder width.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from cssbench.errors import ModelError
 from cssbench.models.atm import ATMConfig, ATMStage, init_linear
 from cssbench.models.backbone import to_map
+from cssbench.models.packed import Packed
 
 QueryForm = Literal["tied", "bicubic"]
+QueryStart = Literal["learned", "tap"]
 
 
 def sparse_grid(grid: tuple[int, int], device: torch.device | None = None) -> Tensor:
@@ -61,25 +63,38 @@ class QueryUpsampler(nn.Module):
     Each tap has its own projection C -> d, LayerNorm and standard decoder layers: self-attention over all positions,
     cross-attention, FFN, post-norm. The queries belong to the crop that they were made for (public code); `bicubic`
     resizes them to other grids, like position embeddings. They start from N(0, 1).
+
+    A query finds the tokens at its place by what they say of places: little, in an encoder that is not pre-trained.
+    start: `learned`, the queries alone (the paper's), or `tap`, added to the projected tokens of the shallow tap.
     """
 
-    def __init__(self, encoder_width: int, width: int, grid: tuple[int, int], config: ATMConfig, form: QueryForm):
+    def __init__(
+        self,
+        encoder_width: int,
+        width: int,
+        grid: tuple[int, int],
+        config: ATMConfig,
+        form: QueryForm,
+        start: QueryStart = "learned",
+    ):
         super().__init__()
         config = config.model_copy(update={"version": "v1"})
-        self.grid, self.form = grid, form
+        self.grid, self.form, self.start = grid, form, start
         self.queries = nn.Parameter(torch.randn(grid[0] * grid[1], width))
         self.stages = nn.ModuleList(ATMStage(encoder_width, width, config) for _ in range(2))
         self.apply(lambda module: init_linear(module, config.init_std))
 
-    def forward(self, shallow: Tensor, deep: list[Tensor], grid: tuple[int, int]) -> Tensor:
-        """shallow: (B, L, C). deep: one (b, n, C) per group of images, in order; the b sum to B. -> (B, L, d).
+    def forward(self, shallow: Tensor, deep: Packed, grid: tuple[int, int]) -> Tensor:
+        """shallow: (B, L, C). deep: (T, C) of the same images. -> (B, L, d).
 
         Raises ModelError on a grid that is not the queries' own, unless they may be resized.
         """
+        first: Any = self.stages[0]
         queries = self._resized(grid).repeat(len(shallow), 1, 1)
-        queries, _ = self.stages[0](queries, shallow)
-        parts = queries.split([len(tokens) for tokens in deep])
-        return torch.cat([self.stages[1](part, tokens)[0] for part, tokens in zip(parts, deep, strict=True)])
+        if self.start == "tap":
+            queries = queries + first.norm(first.project(shallow))
+        queries, _ = first(queries, shallow)
+        return self.stages[1](queries, deep.tokens, deep)[0]
 
     def _resized(self, grid: tuple[int, int]) -> Tensor:
         if grid == self.grid:

@@ -19,19 +19,27 @@ from cssbench.errors import ModelError
 from cssbench.models.atm import ATMConfig, ATMHead, ATMLayer, MaskPrediction, head_width, init_linear
 from cssbench.models.backbone import BackboneConfig, to_map
 from cssbench.models.edges import EdgeConfig, EdgeHead, edge_loss, edge_truth, predicted_edges
-from cssbench.models.packed import check_block, pack, whole
+from cssbench.models.packed import Packed, check_block, pack, whole
 from cssbench.models.segmenter import autograd_off
 from cssbench.models.segvit import MaskOutput, SegViT
-from cssbench.models.shrink import ConvDown, QueryForm, QueryUpsampler, half, sparse_cells, sparse_grid, subsample
+from cssbench.models.shrink import (
+    ConvDown,
+    QueryForm,
+    QueryStart,
+    QueryUpsampler,
+    half,
+    sparse_cells,
+    sparse_grid,
+    subsample,
+)
 from cssbench.scenario import Step
 
 
 @dataclass
 class ShrunkOutput(MaskOutput):
-    """edges: (B, L, 2) logits of the edge head, or None without EQD. kept: (B,) tokens after down-sampling."""
+    """edges: (B, L, 2) logits of the edge head, or None without EQD."""
 
     edges: Tensor | None = None
-    kept: Tensor | None = None
 
 
 class ShrunkHead(ATMHead):
@@ -75,6 +83,11 @@ class Shrunk(SegViT):
         upsample_queries: QueryForm = Field(
             "tied", description="QU's queries at other grids than image_size's: refused (public code), or resized"
         )
+        upsample_start: QueryStart = Field(
+            "learned",
+            description="QU starts from learned queries (the paper's), or from these and the shallow tap: an encoder "
+            "from scratch needs it",
+        )
 
     def __init__(self, config: Shrunk.Config):
         super().__init__(config)
@@ -89,7 +102,12 @@ class Shrunk(SegViT):
             layers = config.head.model_copy(update={"layers": config.upsample_layers})
             grid = self.backbone.grid(side, side)
             self.upsampler = QueryUpsampler(
-                width, head_width(config.head, width), grid, layers, config.upsample_queries
+                width,
+                head_width(config.head, width),
+                grid,
+                layers,
+                config.upsample_queries,
+                config.upsample_start,
             )
 
     def _check(self) -> None:
@@ -143,7 +161,7 @@ class Shrunk(SegViT):
             if self.upsampler is not None:
                 final, final_grid = self.upsampler(shallow, deep, grid), grid
             else:
-                final, final_grid = deep[0], half(grid)
+                final, final_grid = deep.tokens.unflatten(0, (len(images), -1)), half(grid)
         skip = self.training and self.skip_frozen_heads
         stages: list[list[MaskPrediction] | None] = []
         for head in self.heads:
@@ -151,12 +169,11 @@ class Shrunk(SegViT):
             with autograd_off(frozen):
                 stages.append(None if frozen and skip else head([final], final_grid))
         features = [to_map(shallow, grid), to_map(final, final_grid)]
-        kept = torch.tensor([tokens.shape[1] for tokens in deep for _ in tokens])
         heads: list[ATMHead] = list(self.heads)  # type: ignore[arg-type]
         options = (self.has_background, self.config.pixel_form, self.ce)
         depths = torch.where(self._goes_on(grid, logits, edges), len(self.backbone.blocks), self.config.down_layer)
         depths = depths.expand(len(images), -1).unflatten(1, grid)
-        return ShrunkOutput(size, features, stages, heads, *options, edges=logits, kept=kept, depths=depths)
+        return ShrunkOutput(size, features, stages, heads, *options, edges=logits, depths=depths)
 
     def _goes_on(self, grid: tuple[int, int], logits: Tensor | None, edges: Tensor | None) -> Tensor:
         """(L,) or (B, L) bool: the tokens that are queries at the down-sampling and after it. A convolution's output
@@ -169,9 +186,8 @@ class Shrunk(SegViT):
 
     def _encode(
         self, images: Tensor, grid: tuple[int, int], edges: Tensor | None
-    ) -> tuple[Tensor, list[Tensor], Tensor | None]:
-        """-> tokens before the down-sampling (B, L, C); tokens of the last block, all images (B, n, C) in one item or
-        each (1, n, C) in its own; edge logits."""
+    ) -> tuple[Tensor, Packed, Tensor | None]:
+        """-> tokens before the down-sampling (B, L, C); tokens of the last block; edge logits."""
         config, tokens = self.config, self.backbone.embed(images).contiguous()
         blocks, run, down = self.backbone.blocks_at(grid), self.backbone.run, config.down_layer
         logits = None
@@ -187,9 +203,7 @@ class Shrunk(SegViT):
         x = run(blocks[down], whole(tokens), x) if config.down_on == "query" else run(blocks[down], x)
         for block in blocks[down + 1 :]:
             x = run(block, x, attention="auto")
-        if logits is None:
-            return tokens, [x.tokens.unflatten(0, (len(images), -1))], None
-        return tokens, [part[None] for part in x.tokens.split(x.counts)], logits
+        return tokens, x, logits
 
     def extra_terms(
         self, output: ShrunkOutput, labels: Tensor, chosen: slice, weight: Tensor | None
