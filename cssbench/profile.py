@@ -174,7 +174,7 @@ def count(model: Segmenter, images: Iterable[Tensor]) -> Cost:
                     raise
                 raise ModelError(
                     f"What {type(model).__name__} computes depends on the image, so that it cannot be counted without "
-                    f"one ({str(error).partition(chr(10))[0]}). Count it on images: --data ROOT --dataset NAME."
+                    f"one ({str(error).partition('. ')[0]}). Count it on images: --data ROOT --dataset NAME."
                 ) from error
             with counter.part("resize"):
                 F.interpolate(made, size=image.shape[-2:], mode="bilinear", align_corners=False)

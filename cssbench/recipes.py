@@ -72,18 +72,19 @@ def with_model(recipe: dict[str, Any], name: str, changes: Sequence[str] = ()) -
     """A recipe with its whole [model] replaced by an installed model or preset: what --model does.
 
     An encoder of the same name keeps the recipe's weights, normalisation and drop path. A ViT stores its position
-    embeddings for the recipe's crop, unless the preset says for which. changes: overrides that follow.
-    Raises as `named_model`; ConfigError where the recipe starts from weights of another encoder and `changes` do not
-    say what this one starts from.
+    embeddings for the crop of the run, unless the preset says for which. changes: overrides that follow, from which
+    the crop is known. Raises as `named_model`; ConfigError where the recipe starts from weights of another encoder and
+    `changes` do not say what this one starts from.
     """
-    section, old = named_model(name), with_preset(recipe).get("model", {})
-    mine, its = _encoder(section), _encoder(old) if "name" in old else None
+    section, old = named_model(name), _table(with_preset(recipe), "model")
+    mine, before = _encoder(section), _table(old, "backbone")
     if mine is None:
         return {**recipe, "model": section}
-    backbone, before = {}, old.get("backbone", {})
+    backbone = {}
     if "image_size" in type(mine).model_fields:
-        backbone["image_size"] = recipe.get("augment", {}).get("crop", 512)
-    if its is not None and its.name.split(".")[0] == mine.name.split(".")[0]:
+        backbone["image_size"] = _table(override(recipe, list(changes)), "augment").get("crop", 512)
+    its = _encoder(old) if old.get("name") in registry.parts("models") else None  # it may be gone: it is not used
+    if its is not None and str(its.name).split(".")[0] == mine.name.split(".")[0]:
         backbone |= {key: before[key] for key in KEPT if key in before}
     elif before.get("pretrained") or before.get("checkpoint", "none") != "none":
         weights = ("model.backbone.checkpoint", "model.backbone.pretrained")
@@ -96,6 +97,12 @@ def with_model(recipe: dict[str, Any], name: str, changes: Sequence[str] = ()) -
     return {**recipe, "model": {**section, "backbone": backbone | section.get("backbone", {})}}
 
 
+def _table(content: dict[str, Any], key: str) -> dict[str, Any]:
+    """What stands under `key`, or nothing where that is no table, of which `cssbench.config` complains."""
+    found = content.get(key)
+    return found if isinstance(found, dict) else {}
+
+
 def _encoder(section: dict[str, Any]) -> Any:
     """`backbone` of a [model] section with its defaults, or None for a model that has none with a name."""
     cls = registry.load("models", section["name"])
@@ -103,12 +110,12 @@ def _encoder(section: dict[str, Any]) -> Any:
     if "name" not in getattr(getattr(field, "annotation", None), "model_fields", {}):
         return None
     default = field.get_default(call_default_factory=True)
-    return default.model_copy(update={"name": section.get("backbone", {}).get("name", default.name)})
+    return default.model_copy(update={"name": _table(section, "backbone").get("name", default.name)})
 
 
 def known_presets() -> list[str]:
-    """Names of installed presets; one that an installed model has is the model's."""
-    return [name for name in registry.toml_files("presets") if name not in registry.parts("models")]
+    """Names of installed presets; none is the name of an installed model."""
+    return list(registry.toml_files("presets"))
 
 
 def _chain(group: str, name: str) -> list[dict[str, Any]]:

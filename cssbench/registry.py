@@ -244,7 +244,7 @@ def load_class(group: str, name: str, base: type[T], hooks: Sequence[str]) -> ty
 
 @cache
 def toml_catalogue(group: str) -> Catalogue[tuple[str, Any]]:
-    """TOML files shipped by the packages of `group` (scenarios, recipes): file stem -> (distribution, file).
+    """TOML files shipped by the packages of `group` (scenarios, recipes, presets): file stem -> (distribution, file).
 
     The packages that hold them are imported, the files are not read. The names of their entry points do not matter.
     """
@@ -266,7 +266,21 @@ def toml_catalogue(group: str) -> Catalogue[tuple[str, Any]]:
             made.faults.append(str(error))
     made.settle(claims)
     made.found = dict(sorted(made.found.items()))
+    if group == "presets":
+        _yield_to_models(made)
     return made
+
+
+def _yield_to_models(presets: Catalogue[tuple[str, Any]]) -> None:
+    """Models and presets are named in the same places: an installed model keeps its name, the preset is reported."""
+    for name, part in parts("models").items():
+        if name in presets.found:
+            owner, _ = presets.found.pop(name)
+            other = owner if owner != OWN else part.distribution
+            presets.faults.append(
+                f"The preset {name!r} of the distribution {owner!r} is not used: that name is the {part}. "
+                f"{remedy(other, 'Rename the one that is there')}"
+            )
 
 
 def _toml_files(part: Part) -> list[Any]:

@@ -375,6 +375,7 @@ def test_a_method_that_takes_another_model_is_tried_there(command):
         (["no_such_module:X"], "'no_such_module:X' cannot be imported: ModuleNotFoundError"),
         (["cssbench.baselines.mib:Mib"], "has no attribute 'Mib'"),
         (["mib", "--model", "resnet"], "There is no model named 'resnet'"),
+        (["mib", "--model", "segvit-b"], "'segvit-b' is a preset: model 'segvit'"),
         (["mib", "--set", "train.iterations=3"], "method.key=value and model.key=value, not 'train'"),
         (["segvit-cl", "--model", "vit-linear"], "works with none of these models"),
         (["mib", "--set", "method.wieght=3"], "wieght"),

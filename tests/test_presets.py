@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from cssbench.models.segvit import SegViT
 from cssbench.recipes import known_presets, named_model, read_preset, with_preset
 from cssbench.results import RunFolder
 
-OURS = sorted(name for name, (owner, _) in registry.toml_files("presets").items() if owner == "cssbench")
+OURS = sorted(name for name, (owner, _) in registry.toml_files("presets").items() if owner == registry.OWN)
 ASKED = {"segvit-b", "segvit-b-shrunk", "segvit-l-shrunk-v2", "segvit-b-dtop"}  # named by the issue
 
 
@@ -37,6 +38,19 @@ def test_presets_are_models_and_ask_for_no_weights(name: str):
 def test_there_is_what_was_asked_for():
     assert set(OURS) >= ASKED
     assert not set(OURS) & set(registry.parts("models"))
+
+
+def test_the_page_names_every_model_and_preset():
+    page = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
+    named: list[str] = []
+    for word in re.findall(r"`([a-z0-9-]+)`", page):
+        named.append(named[-1].rpartition("-")[0] + word if word.startswith("-") else word)  # `segvit-ti`, `-s`
+    assert set(named) >= set(OURS) | {
+        name for name, part in registry.parts("models").items() if part.distribution == registry.OWN
+    }
+    table = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    words = {word for cell in table for word in re.findall(r"`([a-z][a-z0-9-]+)`", cell)}
+    assert words <= set(OURS)
 
 
 def test_a_preset_may_start_from_another():
@@ -97,6 +111,19 @@ def test_another_encoder_never_starts_from_scratch_unasked():
     assert "image_size" not in recipes.with_model(recipe(name="segvit"), "deeplabv3")["model"]["backbone"]
 
 
+def test_position_embeddings_are_for_the_crop_that_follows():
+    old = recipe(name="segvit") | {"augment": {"crop": 480}}
+    for changes, side in (([], 480), (["augment.crop=160"], 160), (["model.head.layers=1"], 480)):
+        made = recipes.with_model(old, "segvit-b-shrunk", changes)
+        assert made["model"]["backbone"]["image_size"] == side
+
+
+@pytest.mark.parametrize("model", ["segvit", {"name": "gone", "backbone": {"layers": [1]}}, {"backbone": 3}, {}])
+def test_what_is_replaced_need_not_be_valid(model: Any):
+    made = recipes.with_model({"model": model, "augment": 3}, "segvit-b")["model"]
+    assert made["backbone"]["layers"] == [6, 8, 12]
+
+
 def test_unknown_names_are_told_the_nearest_models_and_presets():
     for name, near in (("segvit-bb", "'segvit-b'"), ("segvitt", "'segvit'")):
         with pytest.raises(UnknownNameError, match=f"no model named {name!r}. Did you mean {near}"):
@@ -121,9 +148,19 @@ def test_a_stranger_ships_presets_and_shadows_no_model(install: Any, command: An
     assert "segvit-tiny-mine" in known_presets()
     assert "segvit" not in known_presets()
     assert named_model("segvit") == {"name": "segvit"}
-    code, out, _ = command("list", "presets")
+    code, out, error = command("list", "presets")
     assert code == 0
     assert "theirs" in out
+    assert "The preset 'segvit' of the distribution 'theirs' is not used: that name is the model 'segvit'" in error
+    assert "pip uninstall theirs" in error
+
+
+def test_a_stranger_s_model_named_as_our_preset_is_reported(install: Any, command: Any):  # noqa: F811
+    install("theirs", {"models": {"segvit-b": "mod:Model"}}, {"mod.py": GOOD})
+    assert "segvit-b" not in known_presets()
+    _, _, error = command("list", "presets")
+    assert "The preset 'segvit-b' of the distribution 'cssbench' is not used" in error
+    assert "pip uninstall theirs" in error
 
 
 def test_list_tells_sources_and_costs(command: Any):

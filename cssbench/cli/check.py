@@ -28,7 +28,8 @@ def register(app: typer.Typer) -> None:
 def check(
     method: Annotated[str, typer.Argument(help="An installed method, or module:Class.")],
     models: Annotated[
-        list[str] | None, typer.Option("--model", help="Models to try it on; default: vit-linear and segvit.")
+        list[str] | None,
+        typer.Option("--model", help="Installed models (no presets) to try it on; default: vit-linear and segvit."),
     ] = None,
     changes: Annotated[
         list[str] | None, typer.Option("--set", help="Option of the method or the model: method.key=value.")
@@ -47,6 +48,7 @@ def check(
     found: dict[str, list[Finding]] = {}
     refused: dict[str, str] = {}
     for model in models or MODELS:
+        _refuse_preset(model)
         try:
             found[model] = conformance(cls, options["method"], model, **options["model"])
         except Refused as error:
@@ -56,6 +58,19 @@ def check(
     _show(f"{cls.__name__} from {source}", found, refused)
     if any(one.passed is not True for findings in found.values() for one in findings):
         raise typer.Exit(1)
+
+
+def _refuse_preset(name: str) -> None:
+    """The kit builds models in sizes of its own. Raises ConfigError for a preset, whose size it could not keep."""
+    from cssbench import recipes, registry
+
+    if name in registry.parts("models") or not (name.endswith(".toml") or name in recipes.known_presets()):
+        return
+    model = recipes.named_model(name)["name"]
+    raise ConfigError(
+        f"cssbench check tries methods on models in tiny sizes of its own, and {name!r} is a preset: model {model!r} "
+        f"and its options. Give --model {model}, and with --set model.key=value the options that matter."
+    )
 
 
 def _find(name: str) -> tuple[Any, str]:
