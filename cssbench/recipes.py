@@ -80,9 +80,8 @@ def with_model(recipe: dict[str, Any], name: str, changes: Sequence[str] = ()) -
     mine, before = _encoder(section), _table(old, "backbone")
     if mine is None:
         return {**recipe, "model": section}
+    section = made_for(section, _table(override(recipe, list(changes)), "augment").get("crop", 512))
     backbone = {}
-    if "image_size" in type(mine).model_fields:
-        backbone["image_size"] = _table(override(recipe, list(changes)), "augment").get("crop", 512)
     its = _encoder(old) if old.get("name") in registry.parts("models") else None  # it may be gone: it is not used
     if its is not None and str(its.name).split(".")[0] == mine.name.split(".")[0]:
         backbone |= {key: before[key] for key in KEPT if key in before}
@@ -94,7 +93,15 @@ def with_model(recipe: dict[str, Any], name: str, changes: Sequence[str] = ()) -
                 f"{mine.name!r}. Say what it starts from: --set model.backbone.checkpoint=FILE, --set "
                 f"model.backbone.pretrained=true (timm downloads them), or =false (from scratch)."
             )
-    return {**recipe, "model": {**section, "backbone": backbone | section.get("backbone", {})}}
+    return {**recipe, "model": {**section, "backbone": backbone | _table(section, "backbone")}}
+
+
+def made_for(section: dict[str, Any], side: int) -> dict[str, Any]:
+    """A [model] section whose ViT stores its position embeddings for inputs of `side` px, unless it says for which."""
+    encoder = _encoder(section)
+    if encoder is None or "image_size" not in type(encoder).model_fields:
+        return section
+    return {**section, "backbone": {"image_size": side} | _table(section, "backbone")}
 
 
 def _table(content: dict[str, Any], key: str) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def profile(
         return
     if (data is None) != (dataset is None):
         raise ConfigError("--data ROOT and --dataset NAME belong together: give both or neither.")
-    name, options, crop = _chosen(model, changes or [])
+    name, options, crop = _chosen(model, changes or [], size)
     side = size or crop
     from cssbench import profile as costs
 
@@ -108,13 +108,14 @@ def _print(result: dict[str, Any], found: list[Cost], as_json: bool) -> None:
         _show(result, found)
 
 
-def _chosen(name: str, changes: list[str]) -> tuple[str, dict[str, Any], int]:
+def _chosen(name: str, changes: list[str], size: int | None) -> tuple[str, dict[str, Any], int]:
     """Installed model, its options, side of the crop. Raises UnknownNameError, ConfigError."""
     from cssbench import recipes, registry
 
     models, known = [*registry.parts("models"), *recipes.known_presets()], registry.toml_files("recipes")
     if name in models:
-        content: dict[str, Any] = {"model": recipes.named_model(name)}
+        section = recipes.named_model(name)
+        content: dict[str, Any] = {"model": section if size is None else recipes.made_for(section, size)}
     elif name.endswith(".toml") or name in known:
         content = recipes.with_preset(recipes.read_recipe(name))
     else:
