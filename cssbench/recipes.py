@@ -81,7 +81,7 @@ def with_model(recipe: dict[str, Any], name: str, changes: Sequence[str] = ()) -
     if mine is None:
         return {**recipe, "model": section}
     section = made_for(section, _table(override(recipe, list(changes)), "augment").get("crop", 512))
-    backbone = {}
+    backbone: dict[str, Any] = {}
     its = _encoder(old) if old.get("name") in registry.parts("models") else None  # it may be gone: it is not used
     if its is not None and str(its.name).split(".")[0] == mine.name.split(".")[0]:
         backbone |= {key: before[key] for key in KEPT if key in before}
