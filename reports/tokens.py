@@ -125,7 +125,7 @@ def tokens_table(scored: Sequence[Scored]) -> Table | None:
         ("", "run"): [entry.shown_as for entry in members] + [row.name for row in printed],
         ("", "model"): [entry.first.run.config.model.name for entry in members] + [MISSING] * len(printed),
     }
-    columns |= {("", "option"): options} if set(options) > {MISSING} else {}
+    columns |= {("", "option"): options} if set(options) != {MISSING} else {}
     text = len(columns)
     columns |= {
         ("", "n"): [count(entry) for entry in members] + [""] * len(printed),

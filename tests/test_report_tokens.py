@@ -106,6 +106,11 @@ def test_the_table_by_hand(runs):
     assert "\\addlinespace" in formats.latex(table, "tab:x")
 
 
+def test_a_sweep_alone_names_its_option(runs):
+    table = tokens.tokens_table(score(*(run for run in runs if run.config.model.name == "dropper")))
+    assert [row[2] for row in grid(formats.markdown(table))[1:]] == ["p0 = 0.6", "p0 = 0.95"]
+
+
 def test_without_a_sweep_there_is_no_column_of_options(runs):
     table = tokens.tokens_table(score(*runs[:2]))
     assert ("", "option") not in table.columns
