@@ -1,12 +1,15 @@
-"""Fixtures for every test: a cache of its own, real data where they lie beside the checkout, a tiny dataset."""
+"""Fixtures of several files: a cache of its own, real data, tiny data, packages of strangers, figures not drawn."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from strangers import Install, forget
 
 from cssbench import cli
 from cssbench.data.synthetic import Synthetic
@@ -52,3 +55,54 @@ def shared_data() -> Path:
 def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Synthetic:
     """24 + 8 scenes of 32 x 32 px with 6 classes. Shared by all tests: read only."""
     return Synthetic(tmp_path_factory.mktemp("synthetic"), classes=6, size=32, train=24, val=8)
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """`install("pack", {"methods": {"mine": "mod:Cls"}}, files={"mod.py": "..."})` makes a distribution that is found.
+
+    entry_points: a dict, or the text of entry_points.txt. Returns the folder of its metadata.
+    """
+    site, before = tmp_path / "site", set(sys.modules)
+    site.mkdir()
+    monkeypatch.syspath_prepend(str(site))
+
+    def make(distribution: str, entry_points: Any, files: dict[str, str] | None = None, metadata: str = "") -> Path:
+        text = entry_points
+        if isinstance(entry_points, dict):
+            groups = [(f"[cssbench.{group}]", *parts.items()) for group, parts in entry_points.items()]
+            text = "\n".join(line if isinstance(line, str) else " = ".join(line) for group in groups for line in group)
+        info = site / f"{distribution.replace('-', '_')}-1.0.dist-info"
+        info.mkdir()
+        (info / "entry_points.txt").write_text(text)
+        (info / "METADATA").write_text(metadata or f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
+        for name, content in (files or {}).items():
+            (site / name).parent.mkdir(exist_ok=True)
+            (site / name).write_text(content)
+        forget()
+        return info
+
+    yield make
+    monkeypatch.undo()
+    for name in set(sys.modules) - before:
+        if str(site) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+    forget()
+
+
+@pytest.fixture(scope="module")
+def _one_thread() -> Iterator[None]:
+    """PyTorch computes with one thread while the tests of the file run."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def _drawn_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are drawn but not rendered, which takes most of the time of a report."""
+    from cssbench.reports import plots
+
+    empty = {"svg": b"<svg/>", "pdf": b"%PDF", "png": b"PNG"}
+    monkeypatch.setattr(plots, "render", lambda draw: (draw(plots.LIGHT), dict(empty)))

@@ -108,6 +108,12 @@ def row(frame: pd.DataFrame, **where: Any) -> dict[str, Any]:
     return frame.iloc[0].to_dict()
 
 
+def grid(text: str) -> list[list[str]]:
+    """The cells of a Markdown table, without the line of dashes."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line[1:-1].split("|")] for n, line in enumerate(lines) if n != 1]
+
+
 class Reader(html.parser.HTMLParser):
     """Collects tags, attributes and text; what a browser would make of the page."""
 

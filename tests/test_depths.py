@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from fabricated import fabricate
-from test_evaluate import SCENE, OneOf, Oracle, Scores, Shown, view
+from oracles import SCENE, OneOf, Oracle, Scores, Shown, view
 from torch import Tensor
 
 from cssbench import validate

@@ -6,122 +6,18 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from contextlib import nullcontext
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from torch import Tensor
-from torchmetrics.functional.classification import multiclass_confusion_matrix
+from oracles import SCENE, K, Mean, OneOf, Oracle, Shown, view
 
 from cssbench.config import EvaluateConfig, TrainConfig
-from cssbench.data.base import SegDataset
-from cssbench.evaluate import EvaluationDataset, Predictor, evaluate, pad_to_multiple, slide_scores, window_starts
-from cssbench.evaluate import whole_scores as whole
-from cssbench.metrics.confusion import confusion
-from cssbench.models.segmenter import Segmenter, SegOutput
+from cssbench.evaluate import EvaluationDataset, evaluate
 from cssbench.scenario import Scenario, from_dict
 
-torch.set_num_threads(1)
-K = 4
 RULES = ("all", "foreground")
-SCENE = from_dict("toy", {"dataset": "toy", "classes": K, "base": 2, "increment": 1, "order": [3, 1, 4, 2]})
-
-
-class Shown(SegDataset):
-    """Images whose first channel is 50 x the class id in `shown`; the truth is in `truth`. Both by stem."""
-
-    name = "shown"
-    classes = tuple("abcd")
-
-    def __init__(self, shown: dict[str, np.ndarray], truth: dict[str, np.ndarray]):
-        self.shown, self.truth = shown, truth
-
-    def layout(self) -> str:
-        return ""
-
-    def folders(self, split: str) -> tuple[Path, Path]:
-        return Path("images"), Path("labels")
-
-    def image(self, split: str, stem: str) -> np.ndarray:
-        return np.stack([self.shown[stem] * 50] + [np.zeros_like(self.shown[stem])] * 2, axis=-1)
-
-    def label(self, split: str, stem: str) -> np.ndarray:
-        return self.truth[stem]
-
-
-class Scores(SegOutput):
-    """Output with ready scores."""
-
-    def __init__(self, scores: Tensor):
-        super().__init__((scores.shape[-2], scores.shape[-1]))
-        self.ready = scores
-
-    @cached_property
-    def scores(self) -> Tensor:
-        return self.ready
-
-
-class Oracle(Segmenter):
-    """Score 1 for the class whose colour a pixel has, among the classes seen; 0 elsewhere. Counts its calls."""
-
-    pixel_mean = (0.0, 0.0, 0.0)
-    pixel_std = (1 / 255, 1 / 255, 1 / 255)
-    multiple = 4
-
-    def __init__(self, has_background: bool, seen: int):
-        super().__init__()
-        self.has_background = has_background
-        self.seen = SCENE.order[:seen]
-        self.calls: list[tuple[int, ...]] = []
-
-    def grow(self, step: Any) -> None:
-        raise AssertionError("evaluation must not change the model")
-
-    def loss(self, output: Any, labels: Tensor) -> dict[str, Tensor]:
-        raise AssertionError("evaluation must not compute losses")
-
-    def forward(self, images: Tensor) -> Scores:
-        assert not self.training
-        assert not torch.is_grad_enabled()
-        assert images.shape[-1] % 4 == images.shape[-2] % 4 == 0
-        self.calls.append(tuple(images.shape))
-        ids = (images[:, 0] / 50).round()
-        scores = torch.stack([(ids == c).float() for c in self.seen], dim=1)
-        if self.has_background:
-            scores = torch.cat([1 - scores.amax(1, keepdim=True), scores], dim=1)
-        return Scores(scores)
-
-
-class Mean(Oracle):
-    """One class, whose score everywhere is the mean of the first channel: tells what a window contained."""
-
-    multiple = 1
-
-    def forward(self, images: Tensor) -> Scores:
-        self.calls.append(tuple(images.shape))
-        return Scores(images.mean(dim=(2, 3))[:, :1, None, None].expand(-1, 1, *images.shape[-2:]))
-
-
-class OneOf:
-    """What evaluation needs of Fabric, for process `rank` of `world`; the sum over processes is left to the test."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, rank: int = 0, world: int = 1):
-        self.global_rank, self.world_size = rank, world
-
-    def autocast(self) -> Any:
-        return nullcontext()
-
-    def all_reduce(self, data: Tensor, reduce_op: str) -> Tensor:
-        assert reduce_op == "sum"
-        return data
 
 
 def random_data(*shapes: tuple[int, int]) -> Shown:
@@ -132,11 +28,6 @@ def random_data(*shapes: tuple[int, int]) -> Shown:
         s: np.where(rng.random(m.shape) < 0.5, m, rng.choice([0, 1, 2, 3, 4, 255], m.shape)) for s, m in shown.items()
     }
     return Shown(shown, {s: m.astype(np.uint8) for s, m in truth.items()})
-
-
-def view(data: Shown, model: Segmenter, **changes: Any) -> EvaluationDataset:
-    config = EvaluateConfig(**{"short_side": None, "crop": 6, "background_threshold": 0.5} | changes)
-    return EvaluationDataset(data, "val", list(data.shown), config, model)
 
 
 def expected(shown: np.ndarray, truth: np.ndarray, seen: tuple[int, ...], rule: str) -> np.ndarray:
@@ -154,138 +45,6 @@ def same(found: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
     assert found.keys() == other.keys()
     for key, matrix in found.items():
         np.testing.assert_array_equal(matrix, other[key], err_msg=key)
-
-
-def test_confusion_by_hand():
-    truth = torch.tensor([[0, 1, 1], [2, 2, 255]])
-    predicted = torch.tensor([[1, 1, 2], [2, 0, 2]])
-    matrix = confusion(truth, predicted, 2)
-    assert matrix.tolist() == [[0, 1, 0], [0, 1, 1], [1, 0, 1]]
-    assert matrix.dtype == torch.int64
-
-
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
-def test_confusion_agrees_with_torchmetrics(dtype: torch.dtype):
-    generator = torch.Generator().manual_seed(0)
-    truth = torch.randint(0, 151, (3, 40, 50), generator=generator)
-    predicted = torch.randint(0, 151, (3, 40, 50), generator=generator)
-    truth[torch.rand(truth.shape, generator=generator) < 0.1] = 255
-    theirs = multiclass_confusion_matrix(predicted, truth, num_classes=151, ignore_index=255)
-    assert torch.equal(confusion(truth.to(dtype), predicted.to(dtype), 150), theirs)
-
-
-def test_confusion_refuses_what_it_cannot_count():
-    zeros = torch.zeros(2, 2, dtype=torch.int64)
-    for truth, predicted, message in (
-        (torch.full((2, 2), 3), zeros, r"truth holds values outside 0\.\.2"),
-        (zeros - 1, zeros, "truth holds values"),
-        (zeros, torch.full((2, 2), 3), r"prediction holds values outside 0\.\.2"),
-        (zeros, zeros + 255, "prediction holds values"),
-        (zeros, zeros[0], "differ in shape"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            confusion(truth, predicted, 2)
-    assert confusion(zeros + 255, zeros + 77, 2).sum() == 0  # what is ignored may be predicted as anything
-
-
-@pytest.mark.parametrize(
-    ("extent", "window", "stride", "starts"),
-    [
-        (512, 512, 341, [0]),
-        (513, 512, 341, [0, 1]),
-        (683, 512, 341, [0, 171]),
-        (853, 512, 341, [0, 341]),
-        (854, 512, 341, [0, 341, 342]),
-        (2048, 512, 341, [0, 341, 682, 1023, 1364, 1536]),
-        (10, 4, 3, [0, 3, 6]),
-        (11, 4, 3, [0, 3, 6, 7]),
-        (8, 4, 4, [0, 4]),
-    ],
-)
-def test_window_starts_by_hand(extent: int, window: int, stride: int, starts: list[int]):
-    assert window_starts(extent, window, stride) == starts
-
-
-@given(window=st.integers(1, 40), more=st.integers(0, 200), share=st.floats(0, 1))
-def test_windows_cover_every_pixel_and_stay_inside(window: int, more: int, share: float):
-    stride = max(1, round(share * window))
-    starts = window_starts(window + more, window, stride)
-    assert {p for s in starts for p in range(s, s + window)} == set(range(window + more))
-    assert starts == sorted(set(starts))
-
-
-def test_pad_to_multiple_by_hand():
-    image = torch.ones(1, 3, 5, 8)
-    padded = pad_to_multiple(image, 4)
-    assert padded.shape == (1, 3, 8, 8)
-    assert torch.equal(padded[..., :5, :], image)
-    assert (padded[..., 5:, :] == 0).all()
-    assert torch.equal(pad_to_multiple(padded, 4), padded)
-
-
-def test_one_window_that_covers_the_image_is_the_whole_image():
-    model = Mean(False, 1).eval()
-    image = torch.rand(3, 6, 6)
-    assert torch.equal(slide_scores(model, image, 6, 4), whole(model, image))
-    # A larger window sees the image and zeros below and to the right, as padding to the model's multiple does.
-    model.multiple = 8
-    assert torch.equal(slide_scores(model, image, 8, 4), whole(model, image))
-    assert model.calls[-2:] == [(1, 3, 8, 8)] * 2
-
-
-def test_windows_are_averaged_where_they_overlap():
-    model = Mean(False, 1).eval()
-    image = torch.arange(6.0).expand(3, 4, 6)
-    scores = slide_scores(model, image, 4, 2)  # columns 0-3 with mean 1.5, 2-5 with mean 3.5
-    assert scores[0].tolist() == [[1.5, 1.5, 2.5, 2.5, 3.5, 3.5]] * 4
-    assert len(model.calls) == 2
-
-
-def test_scores_in_half_precision_are_averaged_in_full():
-    class Half(Mean):
-        def forward(self, images: Tensor) -> Scores:
-            return Scores(super().forward(images).scores.bfloat16())
-
-    value = 1 + 1 / 128  # a bfloat16, whose multiples are not
-    scores = slide_scores(Half(False, 1).eval(), torch.full((3, 8, 8), value), 4, 1)
-    assert scores.dtype == torch.float32
-    assert (scores == value).all()
-
-
-def predict(model: Segmenter, scores: list[float], step: int) -> tuple[int, int]:
-    found = Predictor(model, SCENE, 0.5)(torch.tensor(scores)[:, None, None], step)
-    return int(found["all"]), int(found["foreground"])
-
-
-@pytest.mark.parametrize(
-    ("scores", "step", "classes"),
-    [
-        ([0.9, 0.2, 0.1, 0.1], 2, (3, 3)),  # position 1 is class 3
-        ([0.2, 0.2, 0.1, 0.4], 2, (0, 2)),  # none reaches 0.5
-        ([0.2, 0.5, 0.1, 0.4], 2, (1, 1)),  # the threshold itself is enough
-        ([0.6, 0.7, 0.8, 0.9], 2, (2, 2)),
-        ([0.6, 0.7, 0.8, 0.9], 1, (4, 4)),  # the outputs of steps 0 and 1 alone
-        ([0.6, 0.7, 0.8, 0.9], 0, (1, 1)),
-        ([0.2, 0.3, 0.8, 0.9], 0, (0, 1)),
-    ],
-)
-def test_predictions_without_a_background_output(scores: list[float], step: int, classes: tuple[int, int]):
-    assert predict(Oracle(False, 4), scores, step) == classes
-
-
-@pytest.mark.parametrize(
-    ("scores", "step", "classes"),
-    [
-        ([0.1, 0.2, 0.0, 0.0, 0.0], 2, (3, 3)),  # no threshold: background lost
-        ([9.0, 0.2, 0.1, 0.4, 0.3], 2, (0, 4)),
-        ([0.4, 0.4, 0.1, 0.0, 0.0], 2, (0, 3)),  # a tie goes to the first output, as argmax has it
-        ([0.5, 0.1, 0.2, 0.3, 0.9], 2, (2, 2)),
-        ([0.5, 0.1, 0.2, 0.3, 0.9], 1, (0, 4)),
-        ([-5.0, -3.0, -2.0, 0.3, 0.9], 0, (1, 1)),  # logits may be negative
-    ],
-)
-def test_predictions_with_a_background_output(scores: list[float], step: int, classes: tuple[int, int]):
-    assert predict(Oracle(True, 4), scores, step) == classes
 
 
 SHAPES = ((6, 9), (9, 6), (6, 6), (7, 13))

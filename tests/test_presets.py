@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import tiny_runs
 import torch
-from test_plugins import GOOD, install, package  # noqa: F401  (a fixture)
+from strangers import GOOD, package
 
 from cssbench import config, experiment, profile, recipes, registry
 from cssbench.errors import ConfigError, UnknownNameError
@@ -141,7 +141,7 @@ def test_a_file_of_one_s_own(tmp_path: Path):
         named_model(str(path))
 
 
-def test_a_stranger_ships_presets_and_shadows_no_model(install: Any, command: Any):  # noqa: F811
+def test_a_stranger_ships_presets_and_shadows_no_model(install: Any, command: Any):
     mine = '# Mine.\n# Source: us\nextends = "segvit-ti"\n'
     files = package("their_presets", **{"segvit-tiny-mine": mine, "segvit": "a = 1"})
     install("theirs", {"presets": {"any": "their_presets"}}, files | {"mod.py": GOOD})
@@ -155,7 +155,7 @@ def test_a_stranger_ships_presets_and_shadows_no_model(install: Any, command: An
     assert "pip uninstall theirs" in error
 
 
-def test_a_stranger_s_model_named_as_our_preset_is_reported(install: Any, command: Any):  # noqa: F811
+def test_a_stranger_s_model_named_as_our_preset_is_reported(install: Any, command: Any):
     install("theirs", {"models": {"segvit-b": "mod:Model"}}, {"mod.py": GOOD})
     assert "segvit-b" not in known_presets()
     _, _, error = command("list", "presets")

@@ -16,12 +16,12 @@ from report_runs import (
     add_depths,
     add_samples,
     forgetful,
+    grid,
     learner,
     make,
     other_seed,
     score,
 )
-from test_report_tables import grid
 
 from cssbench import registry
 from cssbench.reports import figures, formats, plots, samples, stops, tables, tokens

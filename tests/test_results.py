@@ -1,31 +1,24 @@
-"""The run folder and its checkpoints: round trips, what a crash or a full disk leaves, damage, hostile files."""
+"""The run folder: round trips, what a crash or a full disk leaves, damage, names that would leave it."""
 
 from __future__ import annotations
 
 import errno
-import io
 import json
 import os
-import pickle
-import random
 import shutil
-import warnings
 import zipfile
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from torch import nn
+from checkpoints import STATE, Net, files
 
 from cssbench import checkpoint, results
 from cssbench.config import validate
 from cssbench.errors import ConfigError, RunError
 from cssbench.results import RunFolder, atomic_path, image_name, read_json, safe_name, sha256, write_bytes, write_json
 
-torch.set_num_threads(1)
 CONFIG = validate(
     {
         "scenario": {"name": "toy"},
@@ -55,10 +48,6 @@ def fresh(path: Path) -> RunFolder:
 def finish(run: RunFolder, step: int, **numbers: Any) -> None:
     write_bytes(run.step_folder(step) / "model.safetensors", bytes(range(100)))
     run.finish_step(step, {"full.all": MATRIX + step, "crop.foreground.upto0": MATRIX}, numbers)
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def test_a_folder_is_read_as_it_was_written(tmp_path: Path):
@@ -321,185 +310,6 @@ def test_samples_are_found_by_name(tmp_path: Path):
     for name in ("b.png", "a.x.png", "c.txt"):
         write_bytes(run.step_folder(0) / "samples" / name, b"")
     assert list(run.records()[0].samples()) == ["a.x", "b"]
-
-
-class Net(nn.Module):
-    def __init__(self, width: int = 3, heads: int = 2):
-        super().__init__()
-        torch.manual_seed(width)
-        self.first = nn.Conv2d(3, width, 1)
-        self.norm = nn.BatchNorm2d(width)
-        self.heads = nn.ModuleList(nn.Linear(width, 2) for _ in range(heads))
-
-
-def same_state(a: nn.Module, b: nn.Module) -> bool:
-    one, other = a.state_dict(), b.state_dict()
-    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
-
-
-def test_weights_survive(tmp_path: Path):
-    saved, loaded = Net(), Net()
-    with torch.no_grad():
-        for tensor in saved.state_dict().values():
-            tensor.add_(1)  # buffers too
-    saved.first.weight.data = saved.first.weight.data.to(memory_format=torch.channels_last)
-    assert not same_state(saved, loaded)
-    checkpoint.save_weights(tmp_path / "m.safetensors", saved)
-    checkpoint.load_weights(tmp_path / "m.safetensors", loaded)
-    assert same_state(saved, loaded)
-    assert loaded.norm.num_batches_tracked == 1
-    assert files(tmp_path).keys() == {"m.safetensors"}
-
-
-def test_tied_weights_survive(tmp_path: Path):
-    """safetensors alone refuses tensors that share memory, and a run would end after its first step."""
-
-    def tied() -> Net:
-        net = Net()
-        net.heads[1].weight = net.heads[0].weight
-        return net
-
-    saved, loaded = tied(), tied()
-    saved.heads[0].weight.data.add_(1)
-    checkpoint.save_weights(tmp_path / "m", saved)
-    checkpoint.load_weights(tmp_path / "m", loaded)
-    assert same_state(saved, loaded)
-    assert loaded.heads[0].weight is loaded.heads[1].weight
-
-
-@pytest.mark.parametrize(
-    ("other", "named"), [(Net(heads=3), r"2 tensors.*'heads\.2\.bias'"), (Net(heads=1), r"2 tensors.*'heads\.1\.bias'"),
-                         (Net(width=4), r"8 tensors.*'first\.bias'")]
-)  # fmt: skip
-def test_weights_that_do_not_fit_are_named(tmp_path: Path, other: Net, named: str):
-    checkpoint.save_weights(tmp_path / "m", Net())
-    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
-    with pytest.raises(RunError, match=rf"does not fit the model of this configuration: {named}"):
-        checkpoint.load_weights(tmp_path / "m", other)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
-
-
-def test_damaged_weights_are_refused(tmp_path: Path):
-    path = tmp_path / "m"
-    checkpoint.save_weights(path, Net())
-    whole = path.read_bytes()
-    for content in (b"", b"x", whole[:-1], whole[:50], b"\xff" * 8 + whole[8:], whole[:8] + b"#" + whole[9:]):
-        path.write_bytes(content)
-        with pytest.raises(RunError, match=r"checkpoint .* cannot be read .*Remove its step to train it again"):
-            checkpoint.load_weights(path, Net())
-    path.unlink()
-    with pytest.raises(RunError, match="cannot be read"):
-        checkpoint.load_weights(path, Net())
-
-
-STATE = {
-    "prototypes": torch.arange(6.0).view(2, 3),
-    "counts": [1, 2, 3],
-    "nested": {"a": {"b": torch.tensor([True, False])}, 3: "x"},
-    "number": 0.1,
-    "flag": True,
-    "nothing": None,
-    "pair": (1, "y"),
-}
-
-
-def test_state_survives(tmp_path: Path):
-    checkpoint.save_state(tmp_path / "method.pt", STATE)
-    found = checkpoint.load_state(tmp_path / "method.pt")
-    assert found.keys() == STATE.keys()
-    assert torch.equal(found["prototypes"], STATE["prototypes"])
-    assert torch.equal(found["nested"]["a"]["b"], torch.tensor([True, False]))
-    rest = ("counts", "number", "flag", "nothing", "pair")
-    assert {k: found[k] for k in rest} == {k: STATE[k] for k in rest}
-    checkpoint.save_state(tmp_path / "method.pt", {})
-    assert checkpoint.load_state(tmp_path / "method.pt") == {}
-
-
-class Runs:
-    """Unpickled by plain pickle, it would run a command."""
-
-    def __init__(self, marker: Path):
-        self.marker = marker
-
-    def __reduce__(self) -> Any:
-        return os.system, (f"touch {self.marker}",)
-
-
-@pytest.mark.parametrize(
-    ("make", "said"),
-    [
-        (lambda p: {"ok": 1, "model": nn.Linear(1, 1)}, r"state\['model'\] is of type Linear"),
-        (lambda p: {"f": [1, {"g": lambda: 1}]}, r"state\['f'\]\[1\]\['g'\] is of type function"),
-        (lambda p: {"path": p}, r"state\['path'\] is of type \w*Path"),
-        (lambda p: {"array": np.ones(2)}, r"state\['array'\] is of type ndarray"),
-        (lambda p: {"rows": (x for x in [])}, r"state\['rows'\] is of type generator"),
-        (lambda p: {"run": Runs(p)}, r"state\['run'\] is of type Runs"),
-    ],
-    ids=["module", "function", "path", "array", "generator", "command"],
-)
-def test_state_that_is_not_data_is_named_and_not_written(tmp_path: Path, make: Any, said: str):
-    path, marker = tmp_path / "method.pt", tmp_path / "marker"
-    checkpoint.save_state(path, {"old": 1})
-    with pytest.raises(RunError, match=said):
-        checkpoint.save_state(path, make(marker))
-    assert checkpoint.load_state(path) == {"old": 1}
-    assert not marker.exists()
-
-
-def hostile_zip(marker: Path) -> bytes:
-    buffer = io.BytesIO()
-    torch.save({"x": Runs(marker)}, buffer)
-    return buffer.getvalue()
-
-
-def hostile_pickle(marker: Path) -> bytes:
-    return pickle.dumps(Runs(marker), protocol=2)
-
-
-@pytest.mark.parametrize("make", [hostile_zip, hostile_pickle])
-def test_a_hostile_state_is_not_run(tmp_path: Path, make: Any):
-    marker = tmp_path / "marker"
-    path = tmp_path / "method.pt"
-    path.write_bytes(make(marker))
-    with pytest.raises(RunError, match="nothing in it was run") as caught:
-        checkpoint.load_state(path)
-    assert not marker.exists()
-    assert "weights_only" not in str(caught.value)  # torch would tell how to run it
-    # The file is what it should be: opened without care, it runs.
-    with suppress(RuntimeError):
-        torch.load(path, weights_only=False)
-    assert marker.exists()
-
-
-def test_damaged_state_is_always_one_kind_of_error(tmp_path: Path):
-    path = tmp_path / "method.pt"
-    checkpoint.save_state(path, {"a": torch.arange(3.0), "b": ["x", 1]})
-    whole, rng = path.read_bytes(), random.Random(0)
-    damaged = [whole[:n] for n in range(0, len(whole) - 1, 9)]
-    for _ in range(150):
-        content = bytearray(whole)
-        for _ in range(4):
-            content[rng.randrange(len(content))] = rng.randrange(256)
-        damaged.append(bytes(content))
-    refused = 0
-    for content in damaged:
-        path.write_bytes(content)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of odd pickle protocols
-            try:
-                checkpoint.load_state(path)
-            except RunError:
-                refused += 1
-    assert refused > len(damaged) // 2
-    path.unlink()
-    with pytest.raises(RunError, match="cannot be read"):
-        checkpoint.load_state(path)
-
-
-def test_a_state_must_be_a_dict(tmp_path: Path):
-    torch.save([1, 2], tmp_path / "method.pt")
-    with pytest.raises(RunError, match="holds a list, not a dict"):
-        checkpoint.load_state(tmp_path / "method.pt")
 
 
 @pytest.fixture

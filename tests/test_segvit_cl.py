@@ -2,87 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 
 import pytest
 import torch
+from tiny_segvit import SCENARIO, context, make_model, scenes, train_step
 from torch import nn
 
 from cssbench import protocol
-from cssbench.api import Batch, ConfigError, Segmenter, StepContext
+from cssbench.api import Batch, ConfigError, Segmenter
 from cssbench.baselines.finetune import FineTune
-from cssbench.baselines.segvit_cl import SegViTCL, fit_scale, held_out_margins, prior_shift
+from cssbench.baselines.segvit_cl import SegViTCL
 from cssbench.evaluate import Predictor
 from cssbench.metrics import continual
 from cssbench.metrics.confusion import confusion
 from cssbench.models.segmenter import freeze_copy
 from cssbench.models.segvit import SegViT
-from cssbench.scenario import Scenario
-
-torch.set_num_threads(1)  # the tensors are tiny
-SCENARIO = Scenario("tiny-3-2-1", "none", groups=((4, 2, 6), (1, 5), (3,)))  # positions 1..6 are not the class ids
-COLOURS = torch.randn(7, 3, generator=torch.Generator().manual_seed(7))
-
-
-def scenes(n, seed, shown=range(7)):
-    """n images of 2 x 2 blocks of 16 px, each block of one class id 0..6 (0 is void); colour tells the class.
-
-    shown: class ids of which each image has one or more.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    blocks = torch.randint(0, 7, (10 * n, 2, 2), generator=generator)
-    chosen = torch.isin(blocks, torch.tensor(list(shown))).flatten(1).any(1)
-    ids = blocks[chosen][:n].repeat_interleave(16, 1).repeat_interleave(16, 2)
-    noise = torch.randn(n, 32, 32, 3, generator=generator)
-    return (COLOURS[ids] + 0.3 * noise).permute(0, 3, 1, 2).contiguous(), ids
-
 
 TEST_IMAGES, TEST_IDS = scenes(12, 1)
-
-
-def make_model(version="v2", seed=0, **options):
-    torch.manual_seed(seed)
-    backbone = {"name": "vit_tiny_patch16_224", "image_size": 32, "layers": [1, 2]}
-    backbone |= {"patch": 8, "width": 16, "depth": 2, "heads": 2, "drop_path": 0.1}
-    head = {"version": version, "heads": 2, "layers": 1, "init_std": 0.1}
-    return SegViT(SegViT.Config.model_validate({"backbone": backbone, "head": head} | options))
-
-
-def context(model, step, previous=None, holdout=None, batches=4):
-    """A step's context; its images show a new class, and are labelled with the new classes alone."""
-    images, ids = scenes(4 * batches, 100 + step.index, step.new)
-    labels = torch.from_numpy(SCENARIO.train_table(step)).long()[ids]
-    loader = [{"images": images[i::batches], "labels": labels[i::batches], "names": []} for i in range(batches)]
-    shown = {p: int((labels == p).flatten(1).any(1).sum()) for p in step.new_positions}
-    return StepContext(
-        scenario=SCENARIO,
-        step=step,
-        model=model,
-        previous=previous,
-        train_loader=loader,
-        holdout_loader=None if holdout is None else loader[:holdout],
-        device=torch.device("cpu"),
-        images=(16,) * (step.index + 1),
-        class_images=shown,
-        log=lambda name, value: None,
-    )
-
-
-def train_step(model, method, step, previous=None, passes=3, **options):
-    """What the task loop and the trainer do at a step, the model having grown."""
-    ctx = context(model, step, previous, **options)
-    method.start_step(ctx)
-    optimizer = torch.optim.AdamW(method.param_groups(ctx), lr=1e-2, weight_decay=0.1)
-    model.train()
-    for _ in range(passes):
-        for loaded in ctx.train_loader:
-            terms = method.loss(ctx, Batch(loaded["images"], loaded["labels"], model(loaded["images"])))
-            sum(terms.values()).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    method.end_step(ctx)
-    return ctx
 
 
 @torch.no_grad()
@@ -328,90 +265,6 @@ def test_fine_tuning_changes_old_parameters():
     fixed = {"backbone.vit.cls_token", *(name for name in old if "class_s" in name)}  # unused; calibration
     assert {name for name in old if torch.equal(new[name], old[name])} == fixed
     assert not torch.allclose(scores[1][:, :3], scores[0], atol=1e-3)
-
-
-def test_prior_shift_by_hand():
-    """20 of the step's 40 images, of 200 in all, show the class: odds 1 against 1/9, but for the smoothing."""
-    assert prior_shift(20, 40, 200) == pytest.approx(math.log(20.5 / 180.5))
-    assert prior_shift(20, 40, 200) == pytest.approx(math.log(1 / 9), abs=0.03)
-    assert prior_shift(5, 40, 60) == pytest.approx(math.log(5.5 / 55.5) - math.log(5.5 / 35.5))
-    assert math.isfinite(prior_shift(40, 40, 200))
-    assert math.isfinite(prior_shift(0, 40, 200))
-    assert prior_shift(3, 40, 40) == prior_shift(40, 40, 40) == 0
-
-
-@pytest.mark.parametrize("version", ["v1", "v2"])
-def test_prior_calibration_uses_the_counts_of_the_step(version):
-    """Fixed when the step ends; zero at step 0, where the images of the step are all there are."""
-    model, method = make_model(version), SegViTCL(SegViTCL.Config(calibration="prior"))
-    for step in SCENARIO.steps[:2]:
-        model.grow(step)
-        ctx = context(model, step)
-        ctx.images, ctx.class_images = (30, 10)[: step.index + 1], dict.fromkeys(step.new_positions, 6)
-        if step.index == 1:
-            ctx.class_images[5] = 9
-        method.start_step(ctx)
-        method.end_step(ctx)
-    assert model.heads[0].class_shift.tolist() == [0.0] * 3
-    expected = [math.log(6.5 / 34.5) - math.log(6.5 / 4.5), math.log(9.5 / 31.5) - math.log(9.5 / 1.5)]
-    assert model.heads[1].class_shift.tolist() == pytest.approx(expected)
-    assert [head.class_scale.item() for head in model.heads] == [1.0, 1.0]
-
-
-@pytest.mark.parametrize("scale", [0.2, 1.0, 2.5])
-def test_temperature_recovers_a_known_scale(scale):
-    """Presence drawn with log-odds scale * margin; the grid has steps of 2 %."""
-    generator = torch.Generator().manual_seed(0)
-    margins = 2 * torch.randn(20_000, 3, generator=generator)
-    present = torch.rand(margins.shape, generator=generator) < (scale * margins).sigmoid()
-    assert fit_scale(margins, present).item() == pytest.approx(scale, rel=0.04)
-
-
-def test_temperature_stays_in_its_range():
-    margins = torch.tensor([[1.0, -1.0]])
-    assert fit_scale(margins, margins > 0).item() == pytest.approx(4.0)  # separable: the surer the better
-    assert fit_scale(margins, margins < 0).item() == pytest.approx(0.05)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("version", ["v1", "v2"])
-def test_held_out_margins_are_of_the_newest_heads_last_stage(version):
-    model = make_model(version)
-    for step in SCENARIO.steps[:2]:
-        model.grow(step)
-    ctx = context(model.train(), SCENARIO.steps[1], holdout=3)
-    margins, present = held_out_margins(ctx)
-    assert model.training
-    assert margins.shape == present.shape == (12, 2)
-    model.eval()
-    for i, loaded in enumerate(ctx.holdout_loader):
-        classes = model(loaded["images"]).stages[1][-1].classes
-        for b in range(4):
-            for n in range(2):
-                logits = classes[b, n]
-                own = logits[0] - logits[1] if version == "v2" else logits[n] - logits[2]
-                assert margins[4 * i + b, n].item() == pytest.approx(own.item(), abs=1e-5)
-                assert present[4 * i + b, n] == (loaded["labels"][b] == 4 + n).any()
-
-
-def test_temperature_is_set_at_the_end_of_a_step_for_its_head_only():
-    model, method = make_model(), SegViTCL(SegViTCL.Config(calibration="temperature"))
-    for step in SCENARIO.steps[:2]:
-        model.grow(step)
-        ctx = train_step(model, method, step, holdout=2, passes=1)
-        expected = fit_scale(*held_out_margins(ctx))
-        assert model.heads[step.index].class_scale == expected
-        assert expected != 1
-        assert (model.heads[step.index].class_shift == 0).all()
-
-
-def test_temperature_without_held_out_images_is_refused():
-    model = make_model()
-    model.grow(SCENARIO.steps[0])
-    method = SegViTCL(SegViTCL.Config(calibration="temperature"))
-    with pytest.raises(ConfigError, match=r"needs held-out images: set data\.holdout above 0"):
-        method.start_step(context(model, SCENARIO.steps[0]))
-    method.start_step(context(model, SCENARIO.steps[0], holdout=1))
 
 
 def test_models_without_atm_heads_are_refused():

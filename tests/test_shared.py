@@ -2,73 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import safetensors.torch
 import tomli_w
-import torch
+from shared_runs import MODELS, Counting, build, entries, go, make_recipe, same_runs, start
 
-import cssbench
-from cssbench import base_facts, checkpoint, config, recipes, shared, task_loop, validate
-from cssbench.api import Batch, ConfigError, Method, StepContext
-from cssbench.base_facts import is_plain
-from cssbench.baselines.finetune import FineTune
-from cssbench.config import PartChoice
-from cssbench.contract import build_method
-from cssbench.experiment import Experiment, build_experiment, derive_seed, resolve
+from cssbench import checkpoint, shared, task_loop, validate
+from cssbench.api import ConfigError, StepContext
+from cssbench.experiment import Experiment, build_experiment
 from cssbench.lock import FileLock
 from cssbench.results import RunFolder, content_digest, read_json
 
-BACKBONE = {"name": "vit_tiny_patch16_224", "image_size": 32, "patch": 8, "width": 32, "depth": 2, "heads": 2}
-MODELS: dict[str, dict[str, Any]] = {
-    "segvit": {
-        "backbone": BACKBONE | {"layers": [1, 2]},
-        "head": {"width": 16, "heads": 2, "layers": 1, "init_std": 0.1},
-    },
-    "deeplabv3": {"backbone": {"name": "resnet10t"}, "width": 16, "dilations": [1, 2]},
-}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("_one_thread")
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Six classes in two steps, a third of the images held out; "tiny-3-1.toml" and "all.toml" lie beside it."""
-    folder = tmp_path_factory.mktemp("recipe")
-    for name, parts in {
-        "tiny-3-3": "base = 3\nincrement = 3",
-        "tiny-3-1": "base = 3\nincrement = 1",
-        "all": "base = 6",
-    }.items():
-        (folder / f"{name}.toml").write_text(f'dataset = "synthetic"\nclasses = 6\n{parts}\n')
-    return {
-        "scenario": {"name": str(folder / "tiny-3-3.toml")},
-        "method": {"name": "finetune"},
-        "model": {"name": "segvit"} | MODELS["segvit"],
-        "data": {"root": str(folder), "options": {"classes": 6, "size": 32, "train": 24, "val": 4}, "holdout": 0.3},
-        "augment": {"crop": 32, "photometric": False, "scale": [0.8, 1.3]},
-        "optim": {"lr": 2e-3, "head_lr_scale": 1.0, "clip": 5.0},
-        "train": {"batch_size": 4, "iterations": [4, 3], "accelerator": "cpu"},
-        "evaluate": {"crop": 32, "short_side": 32, "samples": 2, "geometries": ["full"]},
-    }  # fmt: skip
+    return make_recipe(tmp_path_factory.mktemp("recipe"))
 
 
 @pytest.fixture(scope="module")
@@ -95,43 +54,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
     monkeypatch.setattr(task_loop, "fit", counting_fit)
     monkeypatch.setattr(task_loop, "evaluate_step", counting_evaluate)
     return counted
-
-
-def build(recipe: dict[str, Any], out: Path, *changes: str) -> Experiment:
-    return build_experiment(resolve(config.validate(recipes.override(recipe, list(changes)), "test")), out, ["test"])
-
-
-def go(made: Experiment, store: Path | None) -> RunFolder:
-    made.folder.create()
-    task_loop.run(made, store)
-    return RunFolder.read(made.folder.path)
-
-
-def start(recipe: dict[str, Any], out: Path, store: Path | None, *changes: str) -> RunFolder:
-    return go(build(recipe, out, *changes), store)
-
-
-def same_runs(one: RunFolder, other: RunFolder) -> None:
-    """Weights, method states, matrices, samples and losses of all steps, bit for bit."""
-    for a, b in zip(one.records(), other.records(), strict=True):
-        first, second = (safetensors.torch.load_file(r.folder / "model.safetensors") for r in (a, b))
-        assert first.keys() == second.keys()
-        assert all(torch.equal(first[name], second[name]) for name in first)
-        states = [checkpoint.load_state(r.folder / "method.pt") for r in (a, b)]
-        assert states[0].keys() == states[1].keys()
-        assert all(torch.equal(torch.as_tensor(states[0][k]), torch.as_tensor(states[1][k])) for k in states[0])
-        assert a.matrices.keys() == b.matrices.keys()
-        assert all(np.array_equal(matrix, b.matrices[key]) for key, matrix in a.matrices.items())
-        assert [p.read_bytes() for p in a.samples().values()] == [p.read_bytes() for p in b.samples().values()]
-        assert [p.read_bytes() for p in a.depth_maps().values()] == [p.read_bytes() for p in b.depth_maps().values()]
-        assert (a.tokens, a.gflops) == (b.tokens, b.gflops)
-        assert a.samples().keys() == b.samples().keys() != set()
-        for name in ("loss", "images", "iterations", "evaluated_images", "parameters"):
-            assert a.content[name] == b.content[name]
-
-
-def entries(store: Path) -> list[Path]:
-    return sorted(path.parent for path in store.glob("*/*/numbers.json"))
 
 
 # --- the same results ---------------------------------------------------------------------------------------------
@@ -206,31 +128,6 @@ def test_a_resumed_run_takes_a_base_step_up(recipe, store, tmp_path, calls):
 # --- methods that promise nothing ---------------------------------------------------------------------------------
 
 
-class Counting(Method):
-    """Counts passes while it trains, and weights them at the end of a step."""
-
-    passes = 0
-    total = 0
-
-    def loss(self, ctx: StepContext, batch: Batch) -> dict[str, torch.Tensor]:
-        self.passes += 1
-        return ctx.model.loss(batch.output, batch.labels)
-
-    def end_step(self, ctx: StepContext) -> None:
-        self.total += 10 * self.passes
-        ctx.model.heads[-1].tokens.weight.data += self.passes
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"passes": self.passes, "total": self.total}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.passes, self.total = state["passes"], state["total"]
-
-
-class Heir(FineTune):
-    """Inherits from a plain method, and promises nothing itself."""
-
-
 def test_a_method_that_promises_nothing_gets_its_own_base_step_back_whole(recipe, tmp_path, calls):
     def one(name: str, store: Path | None, *changes: str) -> RunFolder:
         return go(replace(build(recipe, tmp_path / name, *changes), method=Counting()), store)
@@ -240,155 +137,6 @@ def test_a_method_that_promises_nothing_gets_its_own_base_step_back_whole(recipe
     assert calls["fit"] == [0, 1, 1]
     assert checkpoint.load_state(run.step_folder(1) / "method.pt") == {"passes": 6, "total": 40 + 60}
     same_runs(run, one("alone", None, "train.iterations=[4, 2]"))
-
-
-# --- the key ------------------------------------------------------------------------------------------------------
-
-
-def facts(made: Experiment) -> dict[str, Any]:
-    """Facts as dotted names, of a model that has grown for step 0."""
-    if not len(made.model.heads):
-        torch.manual_seed(derive_seed(made.config.seed, "grow", 0))
-        made.model.grow(made.scenario.steps[0])
-    return dict(flat(json.loads(json.dumps(base_facts.base_facts(made)))))
-
-
-def flat(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in content.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
-def differing(a: dict[str, Any], b: dict[str, Any]) -> set[str]:
-    return {name for name in a.keys() | b.keys() if a.get(name, ...) != b.get(name, ...)}
-
-
-@pytest.fixture(scope="module")
-def plain(recipe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return facts(build(recipe, tmp_path_factory.mktemp("plain")))
-
-
-ALONE = [
-    "optim.name=sgd", "optim.lr=1e-3", "optim.head_lr_scale=2.0", "optim.weight_decay=0.1", "optim.betas=[0.8, 0.9]",
-    "optim.momentum=0.5", "optim.clip=none", "optim.power=0.9", "optim.min_lr=1e-6", "optim.warmup=2",
-    "optim.warmup_ratio=0.1", "augment.crop=40", "augment.short_side=32", "augment.scale=[0.8, 1.2]",
-    "augment.max_category_share=0.9", "augment.flip=0.0", "augment.photometric=true", "train.batch_size=8",
-    "train.accumulate=2", "train.precision=bf16-mixed", "train.iterations=[5, 3]",
-]  # fmt: skip
-SEVERAL = {
-    "seed=1": {"seed", "model.initial"},
-    "model.absent_weight=0.2": {"model.options.absent_weight"},
-    "model.head.layers=2": {"model.options.head.layers", "model.initial"},
-    "data.options.seed=1": {"data.options.seed", "data.fingerprint"},
-    "data.holdout=0.5": {"images.trained", "images.held_out"},
-    "scenario.order=[3, 2, 1, 4, 5, 6]": {"labels.classes", "labels.table"},
-    "scenario.void=ignore": {"labels.void", "labels.table"},
-    "scenario.mode=partitioned": {"images.trained"},
-}
-
-
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [*((c, {re.sub(r"=.*", "", c)}) for c in ALONE), *SEVERAL.items()],
-    ids=lambda v: v if isinstance(v, str) else "",
-)
-def test_what_changes_the_base_step_changes_the_key(recipe, plain, tmp_path, change: str, expected: set[str]):
-    """Exactly those facts: one left out of the key would be missing here, though another may stand in for it."""
-    assert differing(plain, facts(build(recipe, tmp_path, change))) == expected
-
-
-def test_every_setting_of_optimiser_transforms_and_training_is_a_fact_or_known_not_to_matter(plain):
-    free = ("epochs", "accelerator", "devices", "log_every", "initial")  # `initial` by its weights: model.initial
-    known = {"optim.later_lr", *(f"train.{n}" for n in free)}
-    sections = {"optim": config.OptimConfig, "augment": config.AugmentConfig, "train": config.TrainConfig}
-    names = {f"{section}.{name}" for section, kind in sections.items() for name in kind.model_fields}
-    assert names - {n for n in names if n.startswith("optim.later_")} - known <= plain.keys()
-    assert {re.sub(r"=.*", "", change) for change in ALONE} >= {
-        n for n in plain if n.startswith(("optim.", "augment.", "train."))
-    }
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        ("optim.later_lr=1e-4",),
-        ("train.iterations=[4, 9]",),
-        ("train.iterations=4",),
-        ("train.iterations=[4]",),
-        ("train.iterations=[4, 4, 4]", "scenario.name=TINY31"),
-        ("method.name=plop", "method.threshold=0.1"),
-        ("data.workers=1", "train.log_every=1", "note=other", "evaluate.samples=0", "evaluate.geometries=['crop']"),
-    ],
-    ids=" ".join,
-)
-def test_what_does_not_change_the_base_step_keeps_the_key(recipe, plain, tmp_path, changes: tuple[str, ...]):
-    other = str(Path(recipe["scenario"]["name"]).with_name("tiny-3-1.toml"))
-    changed = [change.replace("TINY31", other) for change in changes]
-    assert differing(plain, facts(build(recipe, tmp_path, *changed))) == set()
-
-
-def test_epochs_that_make_as_many_iterations_keep_the_key(recipe, plain, tmp_path):
-    images = len(build(recipe, tmp_path / "a").train_stems[0])
-    train = {k: v for k, v in recipe["train"].items() if k != "iterations"} | {"epochs": [4 * 4 / images, 9.0]}
-    assert differing(plain, facts(build(recipe | {"train": train}, tmp_path / "b"))) == set()
-
-
-def test_machine_packages_and_code_change_the_key(recipe, plain, tmp_path, monkeypatch):
-    made = build(recipe, tmp_path)
-    elsewhere = SimpleNamespace(device=torch.device("cuda"), world_size=2)
-    machine = {"machine.device", "machine.processes", "machine.threads"}
-    assert differing(plain, facts(replace(made, fabric=elsewhere))) == machine
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
-    assert differing(plain, facts(made)) == {"machine.threads"}
-    monkeypatch.undo()
-    monkeypatch.setattr(base_facts.provenance, "package_version", lambda name: "0.0")
-    changed = differing(plain, facts(made))
-    assert {"packages.torch", "packages.torchvision", "packages.timm", "model.version", "data.version"} <= changed
-    monkeypatch.undo()
-    monkeypatch.setattr(base_facts, "sources", lambda: "other")
-    assert differing(plain, facts(made)) == {"sources"}
-
-
-def test_the_code_is_that_of_the_package_and_not_of_commands_and_plugins(tmp_path, monkeypatch):
-    for name in ("__init__.py", "trainer.py", "models/atm.py", "cli/run.py", "baselines/own.py"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("one = 1\n")
-    monkeypatch.setattr(cssbench, "__file__", str(tmp_path / "__init__.py"))
-    digest = base_facts.sources.__wrapped__
-    before = digest()
-    (tmp_path / "cli" / "run.py").write_text("one = 2\n")
-    (tmp_path / "baselines" / "own.py").write_text("one = 2\n")
-    assert digest() == before
-    (tmp_path / "models" / "atm.py").write_text("one = 2\n")
-    assert digest() != before
-
-
-@pytest.mark.parametrize("method", ["finetune", "ilt", "lwf", "mib", "plop", "reminder", "segvit-cl"])
-def test_built_ins_are_plain_as_a_run_builds_them(method: str):
-    assert is_plain(build_method(PartChoice(name=method)))
-
-
-def test_a_method_without_the_promise_has_a_key_of_its_own(recipe, plain, tmp_path):
-    made = build(recipe, tmp_path)
-    for other in (Counting(), Heir()):
-        found = facts(replace(made, method=other))
-        assert differing(plain, found) >= {"method", "method.name", "method.distribution", "method.version"}
-    assert found["method.scenario"] == [[1, 2, 3], [4, 5, 6]]
-    assert facts(replace(made, method=Counting()))["method.source"] is not None
-
-
-def test_initial_weights_count_by_what_they_hold_and_not_by_where_they_lie(recipe, tmp_path):
-    made = build(recipe, tmp_path / "run")
-    weights = {k: v.clone() for k, v in made.model.backbone.vit.state_dict().items()}
-    found = []
-    for name, shift in (("a", 0.0), ("b", 0.0), ("c", 1.0)):
-        path = tmp_path / f"{name}.safetensors"
-        safetensors.torch.save_file({k: v + shift for k, v in weights.items()}, path)
-        found.append(facts(build(recipe, tmp_path / name, f"model.backbone.checkpoint={str(path)!r}")))
-    assert differing(found[0], found[1]) == set()
-    assert differing(found[0], found[2]) == {"model.options.backbone.checkpoint.sha256", "model.initial"}
 
 
 # --- damage, death and company ------------------------------------------------------------------------------------

@@ -1,10 +1,11 @@
-"""Down-sampling inside timm's blocks, up-sampling, EQD in batches, and the model over steps."""
+"""Down-sampling inside timm's blocks, up-sampling, costs, and the model over steps."""
 
 from __future__ import annotations
 
 import pytest
 import safetensors.torch
 import torch
+from tiny_shrunk import EQD, FAMILIES, HEAD, SCENARIO, VIT, dense, images, kept, make, with_edges
 from torch.utils.flop_counter import FlopCounterMode
 
 from cssbench.errors import ModelError
@@ -14,52 +15,10 @@ from cssbench.models.shrink import sparse_cells, sparse_grid
 from cssbench.models.shrunk import Shrunk
 from cssbench.scenario import Scenario
 
-torch.set_num_threads(1)  # the tensors are tiny
-SCENARIO = Scenario("tiny-2-1", "none", groups=((1, 2), (3,)))
-VIT = {"name": "vit_tiny_patch16_224", "image_size": 32, "patch": 8, "width": 16, "depth": 3, "heads": 2}
-HEAD = {"heads": 2, "layers": 2, "init_std": 0.1}
-
-
-def make(steps=1, seed=0, cls=Shrunk, backbone=None, **options):
-    """In eval mode, no weight of the ViT at timm's tiny initial values."""
-    torch.manual_seed(seed)
-    layers = [3] if cls is Shrunk else [2, 3]
-    options = {"down_layer": 1, "upsample_layers": 1, **options} if cls is Shrunk else options
-    config = {"backbone": {**VIT, "layers": layers, **(backbone or {})}, "head": HEAD, **options}
-    model = cls(cls.Config.model_validate(config))
-    for parameter in model.backbone.vit.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    for step in SCENARIO.steps[:steps]:
-        model.grow(step)
-    return model.eval()
-
-
-def images(number=3, height=32, width=32):
-    return torch.randn(number, 3, height, width, generator=torch.Generator().manual_seed(2))
-
-
-def kept(output):
-    """Tokens of each image that all blocks saw."""
-    return (output.depths == output.depths.max()).flatten(1).sum(1).tolist()
-
-
-def dense(packed):
-    """(B, n, C) of images that kept as many tokens."""
-    return packed.tokens.unflatten(0, (len(packed.counts), -1))
-
-
-def with_edges(model):
-    """Large weights: about half of the tokens are edges, not as many in each image."""
-    torch.nn.init.normal_(model.edge_head.mlp[-1].weight, std=3.0)
-    return model
-
 
 def query_block(block, queries, tokens, cells=None):
     """The down-sampling block on (B, n, C) queries and (B, L, C) tokens."""
     return run_block(block, whole(tokens), whole(queries, cells)).tokens.unflatten(0, queries.shape[:2])
-
-
-EQD = {"edges": {"threshold": 0.5}, "down_layer": 0}
 
 
 def test_the_sparse_grid_of_4x4_by_hand():
@@ -149,9 +108,6 @@ def test_every_layer_of_the_head_is_an_output_without_accumulation():
         torch.testing.assert_close(output.masks.flatten(2), similarity)
 
 
-FAMILIES = ["deit3_small_patch16_224", "beitv2_base_patch16_224", "vit_small_patch16_dinov3", "eva02_small_patch14_336"]
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("down_layer", [0, 1, 2])
 @pytest.mark.parametrize("name", FAMILIES)
@@ -175,137 +131,6 @@ def test_any_family_at_any_layer(name, down_layer):
     shallow, found, _ = model._encode(x, (4, 4), None)
     torch.testing.assert_close(shallow, tokens, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(dense(found), expected, atol=1e-4, rtol=1e-4)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", FAMILIES[1:])
-def test_edges_of_any_family(name):
-    options = {"backbone": {"name": name}, **EQD}
-    model, x = with_edges(make(**options)), images(3)
-    raw = model(x).edges
-    model.edge_head.mlp[-1].bias[1] += (raw[..., 0] - raw[..., 1]).median()  # half of the tokens are edges
-    together = model(x)
-    assert len(set(kept(together))) > 1
-    for i in range(3):
-        torch.testing.assert_close(together.scores[i], model(x[i : i + 1]).scores[0], atol=1e-5, rtol=1e-4)
-    every = torch.ones(3, 16, dtype=torch.bool)
-    torch.testing.assert_close(dense(model._encode(x, (4, 4), every)[1]), model.backbone(x)[0], atol=1e-4, rtol=1e-4)
-
-
-@torch.no_grad()
-def test_an_image_does_not_depend_on_its_neighbours_in_the_batch():
-    model, x = with_edges(make(**EQD)), images(4)
-    together = model(x)
-    assert len(set(kept(together))) > 1
-    assert all(4 <= n <= 16 for n in kept(together))
-    for i in range(4):
-        alone = model(x[i : i + 1])
-        assert kept(alone) == [kept(together)[i]]
-        torch.testing.assert_close(together.scores[i], alone.scores[0], atol=1e-5, rtol=1e-4)
-    others = model(torch.cat([x[:1], 10 * x[1:]]))
-    torch.testing.assert_close(others.scores[0], together.scores[0], atol=1e-5, rtol=1e-4)
-
-
-@torch.no_grad()
-def test_no_edge_is_plain_down_sampling_and_all_edges_the_whole_image():
-    model, x = make(**EQD), images()
-    plain = make(down_layer=0)
-    plain.load_state_dict(model.state_dict(), strict=False)
-    none, every = torch.zeros(3, 16, dtype=torch.bool), torch.ones(3, 16, dtype=torch.bool)
-    torch.testing.assert_close(model(x, none).scores, plain(x).scores, atol=1e-5, rtol=1e-4)
-    found = model._encode(x, (4, 4), every)
-    tokens = found[0]
-    for block in model.backbone.vit.blocks:
-        tokens = block(tokens)
-    torch.testing.assert_close(dense(found[1]), tokens, atol=1e-4, rtol=1e-4)
-
-
-@torch.no_grad()
-def test_depths_are_the_blocks_that_each_token_went_through():
-    """Three blocks; block 1 down-samples: one block for dropped tokens. At block 0 with edges: none."""
-    x = images(2)
-    grid = [[3, 1, 3, 1], [1, 1, 1, 1]] * 2
-    for options in ({}, {"down_by": "conv"}, {"down_on": "all"}, {"upsample": False}):
-        depths = make(**options)(x).depths
-        assert depths.dtype == torch.int64
-        assert depths.tolist() == [grid, grid]
-    edges = torch.zeros(2, 16, dtype=torch.bool)
-    edges[1, [1, 15]] = True
-    plain = [[3, 0, 3, 0], [0, 0, 0, 0], [3, 0, 3, 0], [0, 0, 0, 0]]
-    edged = [[3, 3, 3, 0], [0, 0, 0, 0], [3, 0, 3, 0], [0, 0, 0, 3]]
-    assert make(**EQD)(x, edges).depths.tolist() == [plain, edged]
-    assert make(cls=SegViT)(x).depths is None
-
-
-def test_gradients_reach_the_edge_head_from_its_loss_alone():
-    model = make(**EQD).train()
-    labels = torch.zeros(3, 32, 32, dtype=torch.long)
-    labels[:, :, 5:20] = 1
-    terms = model.loss(model(images()), labels)
-    assert set(terms) == {"class", "focal", "dice", "edge"}
-    parameters = list(model.edge_head.parameters())
-    rest = terms["class"] + terms["focal"] + terms["dice"]
-    assert all(g is None for g in torch.autograd.grad(rest, parameters, retain_graph=True, allow_unused=True))
-    assert all(g.abs().sum() > 0 for g in torch.autograd.grad(terms["edge"], parameters))
-
-
-TRUTH = {"edges": {"threshold": 0.5, "select": "truth"}, "down_layer": 0}
-
-
-def halves():
-    """Labels of 3 images: cells of column 1 (px 8 to 15) show two labels; the second image has none, the third 255."""
-    labels = torch.ones(3, 32, 32, dtype=torch.long)
-    labels[0, :, 12:], labels[2, :, 12:] = 2, 255
-    return labels
-
-
-def test_teacher_forcing_keeps_the_true_edges_in_training_alone():
-    x, labels = images(), halves()
-    for options, forced in ((TRUTH, [8, 4, 4]), (EQD, None)):
-        model = with_edges(make(**options)).train()
-        inputs = model.training_inputs(labels)
-        assert set(inputs) == ({"edges"} if forced else set())
-        output = model(x, **inputs)
-        if forced:
-            assert kept(output) == forced  # 2x2 grid; in image 0 also the 4 cells of column 1
-            assert inputs["edges"][0].view(4, 4).int().tolist() == [[0, 1, 0, 0]] * 4
-        else:
-            predicted = kept(output)
-            assert predicted != [8, 4, 4]
-        terms = model.loss(output, labels)
-        assert torch.autograd.grad(terms["edge"], list(model.edge_head.parameters()))[0].abs().sum() > 0
-    truth = with_edges(make(**TRUTH))
-    assert kept(truth(x)) == predicted
-
-
-def test_teacher_forcing_ends_with_step_0():
-    """Later labels show the step's own classes alone."""
-    assert make(steps=2, **TRUTH).training_inputs(halves()) == {}
-
-
-@torch.no_grad()
-def test_the_edge_head_may_read_deeper_tokens():
-    x = images()
-    for layer in (0, 1, 2):
-        model = make(edges={"threshold": 0.5, "layer": layer}, down_layer=2)
-        backbone, seen = model.backbone, []
-        model.edge_head.register_forward_hook(lambda _, inputs, __, seen=seen: seen.append(inputs[0]))
-        tokens = backbone.embed(x)
-        for block in backbone.blocks[:layer]:
-            tokens = block(tokens)
-        model(x)
-        assert len(seen) == 1
-        torch.testing.assert_close(seen[0], tokens)
-
-
-def test_the_edge_head_learns_at_step_0_only():
-    model = make(steps=2, **EQD).train()
-    labels = torch.full((3, 32, 32), 3)
-    terms = model.loss(model(images()), labels)
-    assert "edge" not in terms
-    assert not any(p.requires_grad for p in model.edge_head.parameters())
-    sum(terms.values()).backward()
-    assert all(p.grad is None for p in model.edge_head.parameters())
 
 
 @pytest.mark.parametrize("options", [{}, EQD, {"upsample": False}], ids=["qd", "eqd", "no-qu"])
