@@ -39,10 +39,8 @@ def main() -> None:
     runs = {}
     for path in arguments.runs:
         there = RunFolder.read(path)
-        origin = there.provenance.get("evaluated_from")
-        weights = RunFolder.read(origin["path"]) if origin else there
         settings = resolve(there.config)
-        model = stored_model(weights, settings, "cpu")
+        model = stored_model(there, settings, "cpu")
         data, chosen = settings.data, settings.evaluate
         inputs = images(
             model,

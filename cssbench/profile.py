@@ -26,7 +26,7 @@ from cssbench import checkpoint, config, recipes, registry, scenario
 from cssbench.config import RunConfig
 from cssbench.data import transforms
 from cssbench.data.registry import make_dataset
-from cssbench.errors import ConfigError, ModelError
+from cssbench.errors import ConfigError, ModelError, RunError
 from cssbench.flops import FlopCounter, counting
 from cssbench.models.segmenter import Segmenter, count_parameters
 from cssbench.results import RunFolder
@@ -266,8 +266,13 @@ def images(
 
 def stored_model(run: RunFolder, settings: RunConfig, device: str) -> Segmenter:
     """The model as a run's last finished step left it, in eval mode; `settings`: the run's configuration, whose model
-    options may be changed. Raises RunError where weights are missing or do not fit."""
-    _, weights = run.weights(max(0, len(run.records()) - 1))
+    options may be changed. A run that only evaluated again has the weights of the run it names, if that is still there
+    and the same. Raises RunError where weights are missing or do not fit."""
+    origin = run.provenance.get("evaluated_from")
+    source = RunFolder.read(origin["path"]) if origin else run
+    if origin and source.digest != origin["digest"]:
+        raise RunError(f"{run.path} evaluated other weights than {source.path} has now. Evaluate them again.")
+    _, weights = source.weights(max(0, len(run.records()) - 1))
     made = build_model(settings.model.name, _without_weights(settings.model.options), device)
     seen: tuple[int, ...] = ()
     for index, group in enumerate(run.groups[: len(run.records())]):

@@ -237,6 +237,21 @@ def test_profile_of_a_run_is_of_its_weights_on_its_images(command: Any, trained:
     assert whole["parts"]["encoder"]["gflops"] > row["parts"]["encoder"]["gflops"]
 
 
+def test_an_evaluation_is_profiled_with_the_weights_it_evaluated(command: Any, trained: RunFolder, tmp_path: Path):
+    again = tmp_path / "again"
+    code, _, error = command("evaluate", str(trained.path), "--set", "model.p0=1.0", "--out", str(again))
+    assert code == 0, error
+    whole = json.loads(command("profile", str(again), "--images", "2", "--json")[1])
+    direct = json.loads(command("profile", str(trained.path), "--set", "model.p0=1.0", "--images", "2", "--json")[1])
+    assert whole["steps"] == direct["steps"]
+    provenance = json.loads((again / "provenance.json").read_text())
+    provenance["evaluated_from"]["digest"] = "0" * 64
+    (again / "provenance.json").write_text(json.dumps(provenance))
+    code, _, error = command("profile", str(again))
+    assert code == 2
+    assert "evaluated other weights" in error
+
+
 def test_latency_of_a_run(command: Any, trained: RunFolder):
     code, out, _ = command("profile", str(trained.path), "--images", "1", "--latency", "--json")
     assert code == 0
