@@ -115,11 +115,18 @@ def test_logits_of_atm_heads_are_those_of_their_scores():
 
 
 @torch.no_grad()
-def test_who_votes():
+@pytest.mark.parametrize("auxiliary", ["fcn", "atm"])
+def test_who_votes(auxiliary: str):
     x = picture()
-    model = halved(make(rule="remove"), x)
-    before = model(x).depths
+    model = make(rule="remove" if auxiliary == "fcn" else "ratio", auxiliary=auxiliary, share=0.9)
+    sure = auxiliary == "atm"
+    for head in model.heads[0].auxiliary if sure else ():
+        head.class_shift += 3.0  # else most tokens are background
+    before = halved(model, x)(x).depths
+    assert before.unique().numel() > 1
     model.grow(SECOND)
+    for head in model.heads[1].auxiliary if sure else ():
+        head.class_shift += 9.0  # sure of its classes: to all heads together nothing is background
     assert torch.equal(model.eval()(x).depths, before)
     model.config = model.config.model_copy(update={"voters": "all"})
     assert not torch.equal(model(x).depths, before)  # five classes share the probability of three

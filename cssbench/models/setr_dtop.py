@@ -131,8 +131,12 @@ class SETRDToP(SETRNaive):
         """By the probabilities of the voting heads' classes; tokens of the background stay."""
         outputs = 1 + len(self.positions[0]) if self.config.voters == "first" else logits.shape[1]
         logits = full_precision(logits.detach())[:, :outputs]
-        scores = logits.softmax(1) if self.config.auxiliary == "fcn" else logits.exp()
-        tokens.retire(scores[:, 1:], stage, p0, hold=scores[:, 0] >= scores[:, 1:].amax(1))
+        if self.config.auxiliary == "fcn":
+            background, scores = logits.softmax(1).tensor_split([1], dim=1)
+        else:
+            scores = logits[:, 1:].exp()
+            background = 1 - scores.amax(1, keepdim=True)  # to the voting heads; logits[:, 0] is to all
+        tokens.retire(scores, stage, p0, hold=background[:, 0] >= scores.amax(1))
 
     def loss(self, output: Any, labels: Tensor, *, weight: Tensor | None = None) -> dict[str, Tensor]:
         """{"ce", "auxiliary"}; FCN heads by cross-entropy, ATMs as in SegViT (class + 20 focal + dice, each stage)."""
