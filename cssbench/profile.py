@@ -72,11 +72,9 @@ class Cost:
 
 
 def build_model(name: str, options: dict[str, Any] | None = None, device: str = "meta") -> Segmenter:
-    """The installed model `name`, not grown yet, in eval mode. On "meta" it has no weights: `pretrained` and
+    """The installed model `name`, not grown yet, in eval mode, with random weights (on "meta" none): `pretrained` and
     `checkpoint` of its backbone are not looked at. Raises UnknownNameError, PluginError, ConfigError, ModelError."""
-    options = dict(options or {})
-    if device == "meta":
-        options = _without_weights(options)
+    options = _without_weights(dict(options or {}))
     cls = registry.load("models", name)
     settings = config.part_config("model", config.PartChoice(name=name, **options), cls.Config)
     with torch.device(device):
@@ -273,7 +271,7 @@ def stored_model(run: RunFolder, settings: RunConfig, device: str) -> Segmenter:
     if origin and source.digest != origin["digest"]:
         raise RunError(f"{run.path} evaluated other weights than {source.path} has now. Evaluate them again.")
     _, weights = source.weights(max(0, len(run.records()) - 1))
-    made = build_model(settings.model.name, _without_weights(settings.model.options), device)
+    made = build_model(settings.model.name, settings.model.options, device)
     seen: tuple[int, ...] = ()
     for index, group in enumerate(run.groups[: len(run.records())]):
         made.grow(Step(index, tuple(group), seen))

@@ -119,6 +119,13 @@ def test_json(command: Any) -> None:
     assert "head 2" in printed
 
 
+def test_a_model_is_profiled_without_its_weights(command: Any) -> None:
+    """Neither a file that is not there nor a download stands in the way of counting and timing."""
+    weights = ["--set", "model.backbone.checkpoint=gone.safetensors", "--set", "model.backbone.pretrained=true"]
+    code, _, error = command("profile", "segvit", "--size", "64", "--classes", "3", "--latency", *weights, *TINY_SET)
+    assert code == 0, error
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
