@@ -11,7 +11,6 @@ more or fewer. Variants take turns; the ratio to the unpruned encoder is reporte
 from __future__ import annotations
 
 import argparse
-import platform
 from functools import partial
 from pathlib import Path
 
@@ -99,7 +98,7 @@ def main() -> None:
                     "faster": f"{seconds['unpruned'] / value:.2f}",
                     "fewer_flops": f"{flops['unpruned'] / flops[name]:.2f}",
                     "ms": f"{1000 * value:.0f}",
-                    "machine": f"{machine(torch.device(arguments.device))}, {platform.machine()}",
+                    "machine": machine(torch.device(arguments.device)),
                     "torch": torch.__version__,
                 }
             )

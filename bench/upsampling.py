@@ -4,7 +4,7 @@
 
 Distance, in cells of the token grid, between a query's own cell and the mean place that it attends to in the shallow
 tap (first layer, the heads' mean similarity), mean over queries and four images; and what it would be if queries
-attended to all cells alike.
+attended to all cells alike. `positions`: deviation of the position embeddings over that of tokens entering block 1.
 """
 
 from __future__ import annotations
@@ -43,10 +43,13 @@ def measure(folder: Path) -> list[Row]:
         found.append(distance(output[1][0].softmax(-1), grid))
 
     hook = model.upsampler.stages[0].layers[0].cross_attention.register_forward_hook(look)
+    shares = []
     for image in images(
         model, data.root, run.scenario["dataset"], 4, side, "cpu", settings.evaluate.split, data.options
     ):
         model(image)
+        tokens = model.backbone.embed(image)
+        shares.append(float(model.backbone.vit.pos_embed.std() / tokens.std()))
     hook.remove()
     score = scoring.step_scores(run, run.records()[-1], PROTOCOL)["all"]
     seen, uniform = (sum(values) / len(found) for values in zip(*found, strict=True))
@@ -59,6 +62,7 @@ def measure(folder: Path) -> list[Row]:
             "miou": f"{100 * score:.2f}",
             "cells_away": f"{seen:.2f}",
             "cells_away_uniform": f"{uniform:.2f}",
+            "positions": f"{sum(shares) / len(shares):.3f}",
         }
     ]
 

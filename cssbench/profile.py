@@ -29,6 +29,7 @@ from cssbench.data.registry import make_dataset
 from cssbench.errors import ConfigError, ModelError, RunError
 from cssbench.flops import FlopCounter, counting
 from cssbench.models.segmenter import Segmenter, count_parameters
+from cssbench.provenance import cpu_name
 from cssbench.results import RunFolder
 from cssbench.scenario import Step
 
@@ -226,7 +227,7 @@ def machine(device: torch.device) -> str:
     """What times and memory were measured on."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
 
 
 def usable_device(name: str) -> str:

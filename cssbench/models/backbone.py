@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-import timm
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
@@ -155,11 +154,6 @@ class Backbone(nn.Module):
             if number in self.config.layers:
                 taps.append(tokens[:, self.prefix :])
         return taps
-
-
-def known_backbones(pattern: str = "vit_*") -> list[str]:
-    """Names of timm models that match, for listings."""
-    return timm.list_models(pattern)
 
 
 def to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
