@@ -31,7 +31,9 @@ def method_class(name: str) -> type[Method]:
 def model_class(name: str) -> type[Segmenter]:
     """The model `name`. Raises UnknownNameError; PluginError unless it is a whole Segmenter with a Config."""
     recipes.named_model(name)  # of an unknown name it tells the nearest presets too
-    return _with_config(registry.load_class("models", name, Segmenter, ["grow", "forward", "loss"]), "model", name)
+    return _with_config(
+        registry.load_class("models", name, Segmenter, ["grow", ("forward", "encode", "decode"), "loss"]), "model", name
+    )
 
 
 def _with_config(cls: Any, kind: str, name: str) -> Any:

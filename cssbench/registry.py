@@ -221,10 +221,10 @@ def load(group: str, name: str) -> Any:
     return catalogue(group).get(name).load()
 
 
-def load_class(group: str, name: str, base: type[T], hooks: Sequence[str]) -> type[T]:
+def load_class(group: str, name: str, base: type[T], hooks: Sequence[str | tuple[str, ...]]) -> type[T]:
     """The class `name` of `group`. Raises as `load`, and PluginError unless it derives from `base` and defines `hooks`.
 
-    `base` is one of `cssbench.api`.
+    `base` is one of `cssbench.api`. A tuple of hooks: the first one, or instead all the others.
     """
     part = catalogue(group).get(name)
     cls = part.load()
@@ -233,7 +233,14 @@ def load_class(group: str, name: str, base: type[T], hooks: Sequence[str]) -> ty
             f"The {part} is {cls!r}, not a subclass of cssbench.api.{base.__name__}. "
             f"{remedy(part.distribution, f'Derive it from that class, or let {part.entry_point.value!r} name another')}"
         )
-    missing = [hook for hook in hooks if getattr(cls, hook) is getattr(base, hook) or not callable(getattr(cls, hook))]
+
+    def defines(hook: str) -> bool:
+        return getattr(cls, hook) is not getattr(base, hook) and callable(getattr(cls, hook))
+
+    missing = []
+    for first, *instead in ([hook] if isinstance(hook, str) else hook for hook in hooks):
+        if not (defines(first) or (instead and all(map(defines, instead)))):
+            missing.append(f"{first} (or {' and '.join(instead)})" if instead else first)
     if missing:
         raise PluginError(
             f"The {part} (class {cls.__name__}) does not define {' and '.join(missing)}, which every {part.kind} must; "

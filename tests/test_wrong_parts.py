@@ -84,7 +84,8 @@ MODEL = (
 )
 MODELS: dict[str, tuple[str, str]] = {
     "no Segmenter": ("class Mine:\n    pass\n", "not a subclass of cssbench.api.Segmenter"),
-    "no forward": (MODEL, "model 'mine' of the distribution 'wrong-pack' (class Mine) does not define forward and"),
+    "no forward": (MODEL, "model 'mine' of the distribution 'wrong-pack' (class Mine) does not define forward (or "
+                   "encode and decode) and loss"),
     "a tensor as output": (
         MODEL + "    def forward(self, images):\n        return self.heads[0](images)\n"
         "    def loss(self, output, labels, *, weight=None):\n        return {'ce': output.mean()}\n",

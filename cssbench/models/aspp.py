@@ -21,7 +21,7 @@ from cssbench.errors import ModelError
 from cssbench.losses.pixel import Reduction
 from cssbench.models.pixel import PixelOutput, PixelSegmenter
 from cssbench.models.resnet import ResNetBackbone, ResNetConfig
-from cssbench.models.segmenter import autograd_off
+from cssbench.models.segmenter import Encoded, autograd_off
 
 SLOPE = 0.01  # of the leaky ReLU in the ASPP
 
@@ -111,8 +111,8 @@ class DeepLabV3(PixelSegmenter):
             maps = self.backbone(images)
             return [*maps, self.aspp(maps[-1].relu())]
 
-    def forward(self, images: Tensor) -> AtrousOutput:
-        output = super().forward(images)
+    def decode(self, encoded: Encoded) -> AtrousOutput:
+        output = super().decode(encoded)
         return AtrousOutput(output.size, output.features, output.low)
 
     def param_groups(self) -> list[dict[str, Any]]:

@@ -24,7 +24,6 @@ from cssbench.losses.init import balanced_init
 from cssbench.losses.pixel import full_precision
 from cssbench.models.atm import init_linear
 from cssbench.models.linear import LinearViT
-from cssbench.models.pixel import PixelOutput
 
 ClassNorm = Literal["base", "head", "seen", "scale"]
 EPS = 1e-5  # of LayerNorm
@@ -167,12 +166,10 @@ class MaskTransformerViT(LinearViT):
             nn.init.constant_(head.weight, self.width**0.5)
         return head
 
-    def forward(self, images: Tensor) -> PixelOutput:
-        taps = self.embed(images)
+    def classify(self, embedding: Tensor) -> Tensor:
         heads: list[MaskTransformer] = list(self.heads)  # type: ignore[arg-type]
-        maps = normalise([head(taps[-1]) for head in heads], self.config.class_norm)
-        low = torch.cat([head.scale(found) for head, found in zip(heads, maps, strict=True)], dim=1)
-        return PixelOutput((images.shape[-2], images.shape[-1]), taps, low)
+        maps = normalise([head(embedding) for head in heads], self.config.class_norm)
+        return torch.cat([head.scale(found) for head, found in zip(heads, maps, strict=True)], dim=1)
 
     @torch.no_grad()
     def init_from_background(self) -> None:

@@ -20,7 +20,7 @@ from cssbench.errors import ConfigError
 from cssbench.losses.distill import fold_logits
 from cssbench.losses.init import balanced_init
 from cssbench.losses.pixel import Reduction, cross_entropy, full_precision
-from cssbench.models.segmenter import Segmenter, SegOutput
+from cssbench.models.segmenter import Encoded, Segmenter, SegOutput
 from cssbench.scenario import Step
 
 
@@ -64,10 +64,15 @@ class PixelSegmenter(Segmenter):
         `init_from_background` too."""
         return nn.Conv2d(self.width, outputs, 1)
 
-    def forward(self, images: Tensor) -> PixelOutput:
-        taps = self.embed(images)
-        low = torch.cat([head(taps[-1]) for head in self.heads], dim=1)
-        return PixelOutput((images.shape[-2], images.shape[-1]), taps, low)
+    def encode(self, images: Tensor) -> Encoded:
+        return Encoded((images.shape[-2], images.shape[-1]), self.embed(images))
+
+    def decode(self, encoded: Encoded) -> PixelOutput:
+        return PixelOutput(encoded.size, encoded.taps, self.classify(encoded.taps[-1]))
+
+    def classify(self, embedding: Tensor) -> Tensor:
+        """(B, D, h, w) -> (B, C, h, w): the logits of all heads, background first."""
+        return torch.cat([head(embedding) for head in self.heads], dim=1)
 
     def loss(self, output: Any, labels: Tensor, *, weight: Tensor | None = None) -> dict[str, Tensor]:
         """{"ce"}: softmax cross-entropy over all outputs; `weight`: (B,) factor per image."""

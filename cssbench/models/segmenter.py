@@ -64,6 +64,30 @@ class SegOutput:
         raise NotImplementedError
 
 
+@dataclass
+class Encoded:
+    """What a model makes of images (B, 3, H, W) before its heads: taps (B, ...), and other tensors (B, ...) by name.
+
+    `size` is the images' (H, W). `known`: head's step -> its output as `Segmenter.remembered` gave it for these images,
+    which `decode` takes instead of running that head.
+    """
+
+    size: tuple[int, int]
+    taps: list[Tensor]
+    extra: dict[str, Tensor] = field(default_factory=dict)
+    known: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them by name: "tap0", "tap1", ... and those of `extra`. `from_tensors` is the way back."""
+        return {f"tap{index}": tap for index, tap in enumerate(self.taps)} | self.extra
+
+    @classmethod
+    def from_tensors(cls, size: tuple[int, int], tensors: dict[str, Tensor]) -> Encoded:
+        number = sum(name.startswith("tap") for name in tensors)
+        taps = [tensors[f"tap{index}"] for index in range(number)]
+        return cls(size, taps, {name: tensor for name, tensor in tensors.items() if not name.startswith("tap")})
+
+
 class Segmenter(nn.Module):
     """Base of all models. Registered under `cssbench.models`, built as `cls(cls.Config(...))`, then grown.
 
@@ -92,9 +116,39 @@ class Segmenter(nn.Module):
     def grow(self, step: Step) -> None:
         """Append the head of `step` to `self.heads`. Called once per step, in order, also when a run resumes."""
 
-    @abstractmethod
-    def forward(self, images: Tensor) -> SegOutput:
-        """images: (B, 3, H, W), normalised. In training mode with `skip_frozen_heads`, frozen heads are left out."""
+    def forward(self, images: Any, *args: Any, **kwargs: Any) -> SegOutput:
+        """images: (B, 3, H, W), normalised, or what `encode` made of them; the rest as `training_inputs` returns it.
+
+        In training mode with `skip_frozen_heads`, frozen heads are left out. A model defines either this, on images, or
+        `encode` and `decode`: what `encode` returns may then be kept from step to step while the encoder is frozen.
+        """
+        return self.decode(images if isinstance(images, Encoded) else self.encode(images, *args, **kwargs))
+
+    def encode(self, images: Tensor, *args: Any, **kwargs: Any) -> Encoded:
+        """All that `forward` does before the heads: it depends on `encoder` alone, never on a head."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward, or encode and decode")
+
+    def decode(self, encoded: Encoded) -> SegOutput:
+        """The heads on what `encode` returned."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward, or encode and decode")
+
+    def remembered(self, output: Any, step: int) -> dict[str, Tensor]:
+        """In eval mode: the output of step `step`'s head, as `Encoded.known` takes it, (B, ...) by name. Empty: it is
+        not worth keeping, or depends on other heads."""
+        return {}
+
+    @property
+    def splits(self) -> bool:
+        """Does `forward` consist of `encode` and `decode`?"""
+        own = type(self)
+        return own.forward is Segmenter.forward and own.encode is not Segmenter.encode
+
+    @property
+    def encoder_frozen(self) -> bool:
+        """Is everything but the heads frozen (`freeze_old`)?"""
+        return all(self.is_frozen(module) for module in self.encoder) and not any(
+            parameter.requires_grad for parameter in self.parameters(recurse=False)
+        )
 
     def training_inputs(self, labels: Tensor) -> dict[str, Tensor]:
         """What `forward` takes beside the images in a training pass on labels (B, H, W): its keyword arguments.

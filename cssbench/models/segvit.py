@@ -23,7 +23,7 @@ from cssbench.losses.pixel import full_precision
 from cssbench.models.atm import ATMConfig, ATMHead, MaskPrediction, head_width
 from cssbench.models.atm_ce import CrossEntropyConfig, head_loss, head_scores
 from cssbench.models.backbone import Backbone, BackboneConfig, to_map
-from cssbench.models.segmenter import Segmenter, SegOutput, autograd_off
+from cssbench.models.segmenter import Encoded, Segmenter, SegOutput, autograd_off
 from cssbench.scenario import Step
 
 PixelForm = Literal["log_scores", "class_times_mask"]
@@ -168,20 +168,37 @@ class SegViT(Segmenter):
         """A step's head."""
         return ATMHead(num_classes, self.backbone.width, len(self.config.backbone.layers), self.config.head)
 
-    def forward(self, images: Tensor) -> MaskOutput:
-        size = (images.shape[-2], images.shape[-1])
-        grid = self.backbone.grid(*size)
+    def encode(self, images: Tensor) -> Encoded:
         with autograd_off(self.is_frozen(self.backbone)):
-            taps = self.backbone(images)
+            return Encoded((images.shape[-2], images.shape[-1]), self.backbone(images))
+
+    def decode(self, encoded: Encoded) -> MaskOutput:
+        grid = self.backbone.grid(*encoded.size)
+        stages = self.run_heads(encoded, encoded.taps, grid)
+        features = [to_map(tap, grid) for tap in encoded.taps]
+        heads: list[ATMHead] = list(self.heads)  # type: ignore[arg-type]
+        return MaskOutput(encoded.size, features, stages, heads, self.has_background, self.config.pixel_form, self.ce)
+
+    def run_heads(
+        self, encoded: Encoded, taps: list[Tensor], grid: tuple[int, int]
+    ) -> list[list[MaskPrediction] | None]:
+        """`MaskOutput.stages`; of a head in `encoded.known`, its last stage alone."""
         skip = self.training and self.skip_frozen_heads
         stages: list[list[MaskPrediction] | None] = []
-        for head in self.heads:
+        for step, head in enumerate(self.heads):
             frozen = self.is_frozen(head)
-            with autograd_off(frozen):
-                stages.append(None if frozen and skip else head(taps, grid))
-        features = [to_map(tap, grid) for tap in taps]
-        heads: list[ATMHead] = list(self.heads)  # type: ignore[arg-type]
-        return MaskOutput(size, features, stages, heads, self.has_background, self.config.pixel_form, self.ce)
+            if step in encoded.known:
+                stages.append([MaskPrediction(**encoded.known[step])])
+            elif frozen and skip:
+                stages.append(None)
+            else:
+                with autograd_off(frozen):
+                    stages.append(head(taps, grid))
+        return stages
+
+    def remembered(self, output: MaskOutput, step: int) -> dict[str, Tensor]:
+        stages = output.stages[step]
+        return {"masks": stages[-1].masks, "classes": stages[-1].classes} if stages else {}
 
     def loss(
         self,

@@ -20,7 +20,7 @@ from cssbench.models.atm import ATMConfig, ATMHead, ATMLayer, MaskPrediction, he
 from cssbench.models.backbone import BackboneConfig, to_map
 from cssbench.models.edges import EdgeConfig, EdgeHead, edge_loss, edge_truth, predicted_edges
 from cssbench.models.packed import Packed, check_block, pack, whole
-from cssbench.models.segmenter import autograd_off
+from cssbench.models.segmenter import Encoded, autograd_off
 from cssbench.models.segvit import MaskOutput, SegViT
 from cssbench.models.shrink import (
     ConvDown,
@@ -152,28 +152,30 @@ class Shrunk(SegViT):
             return super().make_head(num_classes)
         return ShrunkHead(num_classes, self.backbone.width, self.config.head)
 
-    def forward(self, images: Tensor, edges: Tensor | None = None) -> ShrunkOutput:
+    def encode(self, images: Tensor, edges: Tensor | None = None) -> Encoded:
         """edges: (B, L) bool, tokens to keep beside the grid instead of the predicted ones (teacher forcing)."""
         size = (images.shape[-2], images.shape[-1])
         grid = self.backbone.grid(*size)
         with autograd_off(self.is_frozen(self.backbone)):
             shallow, deep, logits = self._encode(images, grid, edges)
             if self.upsampler is not None:
-                final, final_grid = self.upsampler(shallow, deep, grid), grid
+                final = self.upsampler(shallow, deep, grid)
             else:
-                final, final_grid = deep.tokens.unflatten(0, (len(images), -1)), half(grid)
-        skip = self.training and self.skip_frozen_heads
-        stages: list[list[MaskPrediction] | None] = []
-        for head in self.heads:
-            frozen = self.is_frozen(head)
-            with autograd_off(frozen):
-                stages.append(None if frozen and skip else head([final], final_grid))
+                final = deep.tokens.unflatten(0, (len(images), -1))
+        depths = torch.where(self._goes_on(grid, logits, edges), len(self.backbone.blocks), self.config.down_layer)
+        extra = {"depths": depths.expand(len(images), -1).unflatten(1, grid)}
+        return Encoded(size, [shallow, final], extra if logits is None else extra | {"edges": logits})
+
+    def decode(self, encoded: Encoded) -> ShrunkOutput:
+        shallow, final = encoded.taps
+        grid = self.backbone.grid(*encoded.size)
+        final_grid = half(grid) if self.upsampler is None else grid
+        stages = self.run_heads(encoded, [final], final_grid)
         features = [to_map(shallow, grid), to_map(final, final_grid)]
         heads: list[ATMHead] = list(self.heads)  # type: ignore[arg-type]
         options = (self.has_background, self.config.pixel_form, self.ce)
-        depths = torch.where(self._goes_on(grid, logits, edges), len(self.backbone.blocks), self.config.down_layer)
-        depths = depths.expand(len(images), -1).unflatten(1, grid)
-        return ShrunkOutput(size, features, stages, heads, *options, edges=logits, depths=depths)
+        logits, depths = encoded.extra.get("edges"), encoded.extra["depths"]
+        return ShrunkOutput(encoded.size, features, stages, heads, *options, edges=logits, depths=depths)
 
     def _goes_on(self, grid: tuple[int, int], logits: Tensor | None, edges: Tensor | None) -> Tensor:
         """(L,) or (B, L) bool: the tokens that are queries at the down-sampling and after it. A convolution's output
