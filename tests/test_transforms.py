@@ -13,7 +13,7 @@ from cssbench.config import AugmentConfig
 from cssbench.data import transforms
 from cssbench.data.step_dataset import BatchStream, StepDataset, make_loader
 from cssbench.data.synthetic import Synthetic
-from cssbench.data.transforms import Draw, Photometric, TrainTransform, distort, draw_photometric, short_side_size
+from cssbench.data.transforms import TrainTransform, distort, draw_photometric, short_side_size
 
 torch.set_num_threads(1)
 RAW = ((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))  # mean and std that leave 0..255 as it is
