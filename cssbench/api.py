@@ -4,7 +4,7 @@ from cssbench.config import Section
 from cssbench.data.base import SegDataset
 from cssbench.errors import ConfigError, CssbenchError, DataError, ModelError, PluginError
 from cssbench.method import Batch, Method, StepContext
-from cssbench.models.segmenter import Segmenter, SegOutput
+from cssbench.models.segmenter import Encoded, Segmenter, SegOutput
 from cssbench.protocol import Protocol
 from cssbench.scenario import IGNORE, Scenario, Step
 
@@ -14,6 +14,7 @@ __all__ = [
     "ConfigError",
     "CssbenchError",
     "DataError",
+    "Encoded",
     "Method",
     "ModelError",
     "PluginError",

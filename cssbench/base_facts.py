@@ -47,7 +47,7 @@ def base_facts(made: Experiment) -> dict[str, Any]:
         if is_plain(method)
         else _origin("methods", config.method.name, method)
         | {"options": _by_content(config.method.options), "scenario": [list(group) for group in scene.groups]},
-        "augment": config.augment.model_dump(mode="json"),
+        "augment": config.augment.model_dump(mode="json", exclude={"later_views"}),
         "optim": optim,
         "train": train | {"iterations": config.train.length(0, len(stems))},
         "seed": config.seed,
@@ -100,10 +100,13 @@ def sources() -> str:
     return digest.hexdigest()
 
 
-def weights_digest(model: nn.Module) -> str:
-    """SHA-256 (hex) of all parameters and buffers: names, types, shapes, bits."""
+def weights_digest(model: nn.Module, without: str | None = None) -> str:
+    """SHA-256 (hex) of all parameters and buffers but those whose name starts with `without`: names, types, shapes,
+    bits."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
+        if without and name.startswith(without):
+            continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

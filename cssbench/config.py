@@ -79,12 +79,33 @@ class AugmentConfig(Section):
     )
     flip: float = Field(0.5, ge=0, le=1, description="probability of the horizontal flip")
     photometric: bool = True
+    later_views: PositiveInt | None = Field(
+        None,
+        description="steps t > 0: only so many augmented views of each image, again and again; None: ever new ones",
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> AugmentConfig:
         if not 0 < self.scale[0] <= self.scale[1]:
             raise ValueError(f"augment.scale must be two positive numbers in ascending order, not {self.scale}")
         return self
+
+
+class CacheConfig(Section):
+    """What a frozen encoder makes of images is kept in files instead of being made again (docs/speed.md).
+
+    For methods that freeze the encoder after step 0; a step at which it learns goes on without, and says so.
+    """
+
+    features: bool = Field(
+        False, description="steps t > 0 learn from stored features of augment.later_views views per image"
+    )
+    dtype: Literal["bf16", "fp16", "fp32"] = Field("bf16", description="of the features that are learned from")
+    evaluation: bool = Field(
+        False, description="evaluations run only new heads, on features stored as they are: the same numbers"
+    )
+    folder: str | None = Field(None, description="None: features/ in $CSSBENCH_CACHE, or in ~/.cache/cssbench")
+    max_gib: float = Field(50.0, gt=0, description="most that the folder may hold, of all encoders together")
 
 
 class OptimConfig(Section):
@@ -185,6 +206,16 @@ class RunConfig(Section):
     optim: OptimConfig = OptimConfig()
     train: TrainConfig
     evaluate: EvaluateConfig = EvaluateConfig()
+    cache: CacheConfig = CacheConfig()
+
+    @model_validator(mode="after")
+    def _views(self) -> RunConfig:
+        if self.cache.features and self.augment.later_views is None:
+            raise ValueError(
+                "cache.features needs a number of views to keep: set augment.later_views, for instance to 4 (the only "
+                "change of what is learned from; without it every epoch has new views)"
+            )
+        return self
 
     def dump(self) -> dict[str, Any]:
         """As plain data, ready for TOML; `validate` of it gives an equal configuration."""

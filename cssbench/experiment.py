@@ -129,6 +129,7 @@ def build_experiment(
     torch.manual_seed(derive_seed(config.seed, "model"))
     model = make_model(config)
     check_sizes(config, model)
+    check_cache(config, model)
     folder = RunFolder(out, config) if command is not None else _to_resume(out)
     made = Experiment(config, folder, fabric, data, scene, train, per_step, holdout, evaluation, model, method)
     if command is not None:
@@ -210,6 +211,17 @@ def check_sizes(config: RunConfig, model: Segmenter) -> None:
                 f"{name} = {size} is not a multiple of {model.multiple}, the patch size of model "
                 f"{config.model.name!r}. Near it: {' or '.join(map(str, sorted(near)))}."
             )
+
+
+def check_cache(config: RunConfig, model: Segmenter) -> None:
+    """Raises ConfigError where features are to be kept of a model whose encoder does not stand by itself."""
+    wanted = [name for name in ("features", "evaluation") if getattr(config.cache, name)]
+    if wanted and not model.splits:
+        raise ConfigError(
+            f"cache.{wanted[0]} keeps what an encoder makes for its heads, but model {config.model.name!r} does not "
+            f"keep the two apart: its heads work inside the encoder, or it defines forward instead of encode and "
+            f"decode. Set cache.{wanted[0]} = false, or choose a model such as 'segvit' or 'shrunk'."
+        )
 
 
 def resolve(config: RunConfig, parts: Sequence[str] = ("method", "model")) -> RunConfig:

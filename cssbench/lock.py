@@ -9,21 +9,24 @@ from cssbench.errors import ConfigError
 
 
 class FileLock:
-    """An exclusive lock on `path`, an empty file that is made when it is missing and left where it is."""
+    """A lock on `path`, an empty file that is made when it is missing and left where it is.
 
-    def __init__(self, path: Path):
-        self.path = path
+    shared: several may hold it at a time, but nobody while another holds it alone.
+    """
+
+    def __init__(self, path: Path, shared: bool = False):
+        self.path, self.shared = path, shared
         self.file: IO[str] | None = None
 
     def acquire(self) -> bool:
-        """Take the lock if nobody holds it; whether it is held now. Raises ConfigError where no file can be locked."""
+        """Take the lock if nobody stands against it; whether it is held now. Raises ConfigError where none can be."""
         import fcntl  # here, because not every system has it
 
         try:
             if self.file is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self.file = self.path.open("a", encoding="utf-8")
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self.file, (fcntl.LOCK_SH if self.shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         except OSError as error:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class Batch:
     """One forward pass. Labels are positions: 0 background, 255 ignored, else what the learner sees at this step."""
 
-    images: Tensor  # (B, 3, H, W) float32, normalised for the model
+    images: Tensor | None  # (B, 3, H, W) float32, normalised for the model; None where stored features are learned from
     labels: Tensor  # (B, H, W) int64
     output: SegOutput
     previous: SegOutput | None = None  # of the model after the last step, no gradient; None at step 0

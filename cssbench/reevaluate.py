@@ -27,8 +27,24 @@ from cssbench.scenario import Step
 from cssbench.step_evaluation import evaluate_step, save_pictures
 from cssbench.task_loop import Clock, summary_line
 
-TRAINED = ("images", "iterations", "parameters", "loss", "initial", "shared")  # of a record, copied as they are
-MACHINE = ("data.root", "data.workers", "train.accelerator", "train.devices")  # where it runs, not what
+TRAINED = (
+    "images",
+    "iterations",
+    "parameters",
+    "loss",
+    "cache",
+    "initial",
+    "shared",
+)  # of a record, copied as they are
+MACHINE = (
+    "data.root",
+    "data.workers",
+    "train.accelerator",
+    "train.devices",
+    "cache.evaluation",
+    "cache.folder",
+    "cache.max_gib",
+)  # where and how it runs, not what
 
 
 def evaluate_again(source: Path, out: Path, changes: list[str], data: Path | None, command: list[str]) -> int:

@@ -13,6 +13,7 @@ import torch
 from cssbench import checkpoint
 from cssbench.data.step_dataset import BatchStream, HoldoutDataset, StepDataset, make_loader, one_pass
 from cssbench.experiment import Experiment, derive_seed
+from cssbench.frozen import training_batches
 from cssbench.initial import start_from_initial
 from cssbench.logs import StepLog
 from cssbench.method import StepContext
@@ -100,16 +101,18 @@ def _train(made: Experiment, step: Step, previous: Segmenter | None, base: BaseS
     images = len(made.train_stems[step.index])
     iterations = config.train.length(step.index, images)
     with StepLog(made.folder.path / "logs", step.index, enabled=fabric.is_global_zero) as log:
-        ctx, batches = _context(made, step, previous, iterations, log)
+        ctx, data, stream = _context(made, step, previous, iterations, log)
         method.start_step(ctx)
         trainable = count_parameters(model, trainable=True)
-        loss = _learn(made, ctx, batches, iterations, base, clock)
+        with training_batches(made, ctx, data, stream) as (batches, cached):
+            loss = _learn(made, ctx, batches, iterations, base, clock)
     return {
         "images": images,
         "iterations": iterations,
         "evaluated_images": len(made.evaluation_stems(step)),
         "parameters": {"total": count_parameters(model), "trainable": trainable},
         "loss": loss,
+        **cached,
         **initial,
         **base.record,
     }
@@ -161,11 +164,12 @@ def _evaluate(made: Experiment, step: Step, base: BaseStep, clock: Clock) -> Eva
 
 
 def _context(made: Experiment, step: Step, previous: Segmenter | None, iterations: int, log: StepLog):
-    """The step's context for the method, and the stream of micro-batches for the trainer."""
+    """The step's context for the method, its training data, and the order of micro-batches for the trainer."""
     config, table = made.config, made.scenario.train_table(step)
     micro = micro_batch(config.train, made.fabric.world_size)
     seed = derive_seed(config.seed, "data")
-    data = StepDataset(made.data, "train", made.train_stems[step.index], table, made.transform, seed)
+    views = config.augment.later_views if step.index else None
+    data = StepDataset(made.data, "train", made.train_stems[step.index], table, made.transform, seed, views)
     held = HoldoutDataset(made.data, made.holdout_stems[step.index], table, made.transform)
     stream = BatchStream(
         len(data),
@@ -188,7 +192,7 @@ def _context(made: Experiment, step: Step, previous: Segmenter | None, iteration
         class_images=made.class_images(step),
         log=lambda name, value: log(name, value, ctx.iteration),
     )
-    return ctx, make_loader(data, stream, workers)
+    return ctx, data, stream
 
 
 def _batches(n: int, size: int) -> list[list[int]]:

@@ -116,14 +116,17 @@ def forward(fabric: Fabric, ctx: StepContext, module: Any, method: Method, loade
     The previous model runs under `no_grad`, in the eval mode that `freeze_copy` gave it. Not under `inference_mode`: a
     loss such as (new * old).sum() saves `old` for its backward pass, which torch refuses for an inference tensor.
     """
-    images = loaded["images"].to(fabric.device, non_blocking=True)
+    images = loaded["images"]  # or, from `frozen.EncodedBatches`, on the device already, what the encoder made of them
+    if isinstance(images, Tensor):
+        images = images.to(fabric.device, non_blocking=True)
     labels = loaded["labels"].to(fabric.device, non_blocking=True)
     previous = None
     if ctx.previous is not None and method.uses_previous:
         with torch.no_grad(), fabric.autocast():
             previous = ctx.previous(images)
     output = check_output(ctx.model, module(images, **ctx.model.training_inputs(labels)))
-    terms = check_terms(method, method.loss(ctx, Batch(images, labels, output, previous, list(loaded["names"]))))
+    seen = images if isinstance(images, Tensor) else None
+    terms = check_terms(method, method.loss(ctx, Batch(seen, labels, output, previous, list(loaded["names"]))))
     if not torch.isfinite(sum(terms.values())):  # type: ignore[arg-type]
         values = ", ".join(f"{key} = {float(value.detach()):g}" for key, value in terms.items())
         raise NonFiniteLossError(

@@ -28,7 +28,8 @@ class StepDataset(Dataset):
     """Images of one step with the labels that the learner sees. Indexed by (epoch, i): the draw depends on
     (seed, epoch, image name) alone.
 
-    `table` is `Scenario.train_table(step)`.
+    `table` is `Scenario.train_table(step)`. views: so many draws of each image, used in turns; None: a new one in every
+    epoch.
     """
 
     def __init__(
@@ -39,20 +40,25 @@ class StepDataset(Dataset):
         table: np.ndarray,
         transform: TrainTransform,
         seed: int,
+        views: int | None = None,
     ):
         self.source, self.split, self.stems = source, split, list(stems)
-        self.table, self.transform, self.seed = table, transform, seed
+        self.table, self.transform, self.seed, self.views = table, transform, seed, views
 
     def __len__(self) -> int:
         return len(self.stems)
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
-        epoch, index = key
-        stem = self.stems[index]
-        rng = np.random.default_rng([self.seed, epoch, stem_number(stem)])
+        stem = self.stems[key[1]]
         image, label = self.source.pair(self.split, stem)
-        picture, truth = self.transform(image, self.table[label], rng)
+        picture, truth = self.transform(image, self.table[label], self.generator(key))
         return {"images": picture, "labels": truth, "names": stem}
+
+    def generator(self, key: Key) -> np.random.Generator:
+        """What the view `key` is drawn with."""
+        epoch, index = key
+        view = epoch if self.views is None else epoch % self.views
+        return np.random.default_rng([self.seed, view, stem_number(self.stems[index])])
 
 
 class HoldoutDataset(Dataset):
@@ -108,12 +114,14 @@ def one_pass(n: int, batch: int) -> list[list[Key]]:
     return [[(0, i) for i in range(start, min(start + batch, n))] for start in range(0, n, batch)]
 
 
-def make_loader(dataset: Dataset, batches: Any, workers: int) -> DataLoader:
-    """A loader over explicit batches; items come as {"images": (B,3,S,S), "labels": (B,S,S), "names": [...]}."""
+def make_loader(dataset: Dataset, batches: Any, workers: int, collate: Any = None) -> DataLoader:
+    """A loader over explicit batches; items come as {"images": (B,3,S,S), "labels": (B,S,S), "names": [...]}, or as
+    `collate` makes them of a list of the dataset's."""
     return DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,
+        collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=False,
         multiprocessing_context="spawn" if workers else None,

@@ -59,6 +59,7 @@ class Watched(Method):
             self.still = frozen(ctx.model)
             if self.probe:
                 self._probe(ctx)
+        assert batch.images is not None, "the kit stores no features"
         images, labels, mode = batch.images.clone(), batch.labels.clone(), ctx.model.training
         with self._hook("loss", ctx):
             terms = self.inner.loss(ctx, batch)
