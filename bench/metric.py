@@ -1,8 +1,8 @@
 """The confusion matrix against torchmetrics' at 150 classes, 512x512, batch 8: how often as fast, at equal counts.
 
-torchmetrics as it comes checks its inputs; without `validate_args` it does not. Ours always refuses what is out of range.
-Label maps are uint8 as the evaluation has them, predictions int64 as argmax makes them; `int64` is both as int64, without
-a goal against torchmetrics that does not check.
+torchmetrics as it comes checks its inputs; without `validate_args` it does not. Ours always refuses what is out of
+range. Label maps are uint8 as the evaluation has them, predictions int64 as argmax makes them; `int64` is both as
+int64, without a goal against torchmetrics that does not check.
 """
 
 from __future__ import annotations
