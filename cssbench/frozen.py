@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from cssbench.base_facts import weights_digest
+from cssbench.data.base import look_up
 from cssbench.data.step_dataset import Key, StepDataset, make_loader
 from cssbench.errors import ConfigError
 from cssbench.experiment import Experiment
@@ -88,7 +89,7 @@ class StoredViews(StepDataset):
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
         stem, transform = self.stems[key[1]], self.transform
-        label = self.table[self.source.label(self.split, stem)]
+        label = look_up(self.table, self.source.label(self.split, stem))
         draw = transform.draw(label, self.generator(key))
         item: dict[str, Any] = {"labels": transform.truth(label, draw), "names": stem}
         file = self.source.image_path(self.split, stem).stat()

@@ -15,14 +15,14 @@ torch.set_num_threads(1)
 
 
 def colours() -> torch.Tensor:
-    """(3, 60, 1000) uint8: the corners and edges of the colour cube, all greys, and colours at random."""
+    """(3, 120, 500) uint8: the corners and edges of the colour cube, all greys, and colours at random."""
     edges = [torch.tensor(corner) for corner in product([0, 1, 127, 128, 254, 255], repeat=3)]
     greys = torch.arange(256).repeat(3, 1).T
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(0, 256, (60000 - len(edges) - 256, 3), generator=generator)
     near = (drawn[:, :1] + torch.randint(-1, 2, drawn.shape, generator=generator)).clamp(0, 255)
     drawn[::2] = near[::2]  # almost grey: where the hue is a quotient of small numbers
-    return torch.cat([torch.stack(edges), greys, drawn]).T.reshape(3, 60, 1000).to(torch.uint8)
+    return torch.cat([torch.stack(edges), greys, drawn]).T.reshape(3, 120, 500).to(torch.uint8)
 
 
 def theirs(image: torch.Tensor, drawn: Photometric) -> torch.Tensor:

@@ -104,7 +104,7 @@ class SegDataset(ABC):
         path = self.image_path(split, stem)
         try:
             with Image.open(path) as picture:
-                return np.array(picture.convert("RGB"))
+                return np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))
         except UNREADABLE as error:
             raise DataError(f"The image {path} cannot be read ({error}). Fetch that file again.") from None
 
@@ -140,15 +140,30 @@ class SegDataset(ABC):
         return raw
 
     def to_ids(self, raw: np.ndarray, path: Path) -> np.ndarray:
-        ids = self.raw_table().take(raw, mode="clip")  # clip: 8-bit values cannot be out of its range; twice as fast
-        if (ids < 0).any():
-            wrong = sorted(set(np.unique(raw[ids < 0]).tolist()))
-            allowed = np.flatnonzero(self.raw_table() >= 0)
-            raise DataError(
-                f"The label map {path} holds the value(s) {wrong[:8]}, which dataset {self.name!r} does not have "
-                f"(allowed: {_ranges(allowed)}). Is this the right dataset, and the right encoding?"
-            )
-        return ids.astype(np.uint8)
+        """`raw_table` applied to a uint8 array: class ids, a new array. Raises DataError naming `path` where a value
+        must not occur."""
+        table = self.raw_table()
+        forbidden = np.flatnonzero(table < 0)
+        if forbidden.size:
+            # some value is left to mark what is forbidden, since not all 256 can be class ids of an allowed one
+            mark = np.setdiff1d(np.arange(256), table)[0]
+            ids = look_up(np.where(table < 0, mark, table).astype(np.uint8), raw)
+            if (ids == mark).any():
+                wrong = np.intersect1d(raw, forbidden).tolist()
+                raise DataError(
+                    f"The label map {path} holds the value(s) {wrong[:8]}, which dataset {self.name!r} does not have "
+                    f"(allowed: {_ranges(np.flatnonzero(table >= 0))}). Is this the right dataset, and the right "
+                    f"encoding?"
+                )
+            return ids
+        return look_up(table.astype(np.uint8), raw)
+
+    def shown(self, split: str, stem: str) -> np.ndarray:
+        """Class ids that a label map shows, void and ignored pixels included: ascending, uint8. Raises as `label`."""
+        if type(self).label is not SegDataset.label:  # a plug-in that makes label maps its own way
+            return np.flatnonzero(_occurring(self.label(split, stem))).astype(np.uint8)
+        raw = np.flatnonzero(_occurring(self.raw_label(split, stem))).astype(np.uint8)
+        return np.unique(self.to_ids(raw, self.label_path(split, stem)))
 
     def fingerprint(self, split: str, deep: bool = False, times: bool = False) -> str:
         """SHA-256 (hex) over the label table and the names and sizes of the split's files; with `times` also mtimes,
@@ -165,6 +180,25 @@ class SegDataset(ABC):
                 if deep:
                     digest.update(hashlib.sha256(path.read_bytes()).digest())
         return digest.hexdigest()
+
+
+def look_up(table: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """table[values] for a (256,) uint8 table and values of any shape: a new array; five times as fast for uint8."""
+    if values.dtype != np.uint8:
+        return table[values]
+    found = bytearray(values.tobytes()).translate(table.tobytes())
+    return np.frombuffer(found, np.uint8).reshape(values.shape)
+
+
+def _occurring(labels: np.ndarray) -> np.ndarray:
+    """(256,) int64, above 0 where a uint8 array holds the value. Only where eight pixels differ from the eight before,
+    and of those where one differs from the one before, is there anything to look at: labels come in areas."""
+    flat = labels.ravel()
+    whole = flat.size // 8 * 8
+    eights = flat[:whole].view(np.uint64)
+    changed = eights[np.flatnonzero(eights[1:] != eights[:-1]) + 1].view(np.uint8)
+    seen = changed[np.flatnonzero(changed[1:] != changed[:-1]) + 1]
+    return np.bincount(np.concatenate([flat[:8], changed[:1], seen, flat[whole:]]), minlength=256)
 
 
 def _ranges(values: np.ndarray) -> str:

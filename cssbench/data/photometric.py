@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+BAND = 64  # rows whose intermediate results stay in a processor's cache
+
 
 @dataclass(frozen=True)
 class Photometric:
@@ -48,7 +50,8 @@ def distort(image: Tensor, drawn: Photometric) -> Tensor:
     if drawn.saturation is not None:
         _blend(image, _grey(image), drawn.saturation)
     if drawn.hue is not None:
-        image.copy_(torch.from_numpy(shift_hue(image.to(torch.uint8).numpy(), drawn.hue)))
+        for band in image.split(BAND, 1):
+            band.copy_(torch.from_numpy(shift_hue(band.to(torch.uint8).numpy(), drawn.hue)))
     if drawn.contrast is not None and not drawn.early:
         _blend(image, _grey(image)[None].mean((-3, -2, -1), keepdim=True), drawn.contrast)
     return image

@@ -66,8 +66,9 @@ def build(
 
 
 def _row(dataset: SegDataset, split: str, stem: str) -> np.ndarray:
-    counts = np.bincount(dataset.label(split, stem).ravel(), minlength=256)
-    return counts[: dataset.num_classes + 1] > 0
+    row = np.zeros(256, bool)
+    row[dataset.shown(split, stem)] = True
+    return row[: dataset.num_classes + 1]
 
 
 def _read(path: Path, shape: tuple[int, int]) -> np.ndarray | None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from cssbench.data.base import SegDataset
+from cssbench.data.base import SegDataset, look_up
 from cssbench.data.transforms import (
     TrainTransform,
     centre_crop,
@@ -51,7 +51,7 @@ class StepDataset(Dataset):
     def __getitem__(self, key: Key) -> dict[str, Any]:
         stem = self.stems[key[1]]
         image, label = self.source.pair(self.split, stem)
-        picture, truth = self.transform(image, self.table[label], self.generator(key))
+        picture, truth = self.transform(image, look_up(self.table, label), self.generator(key))
         return {"images": picture, "labels": truth, "names": stem}
 
     def generator(self, key: Key) -> np.random.Generator:
@@ -75,7 +75,7 @@ class HoldoutDataset(Dataset):
         image, label = self.source.pair("train", stem)
         size = short_side_size(label.shape, side)
         view = normalise(centre_crop(resize(to_tensor(image), size), side), self.transform.mean, self.transform.std)
-        truth = centre_crop(resize_label(torch.from_numpy(self.table[label]), size), side).long()
+        truth = centre_crop(resize_label(torch.from_numpy(look_up(self.table, label)), size), side).long()
         return {"images": view, "labels": truth, "names": stem}
 
 
