@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +23,13 @@ from torch import Tensor
 from cssbench.base_facts import weights_digest
 from cssbench.data.step_dataset import Key, StepDataset, make_loader
 from cssbench.errors import ConfigError
+from cssbench.evaluate import EvaluationDataset, model_inputs
 from cssbench.experiment import Experiment
 from cssbench.features import FeatureStore, encoder_digest, key_of, raw_bytes, read_tensors, store_folder
 from cssbench.method import StepContext
 from cssbench.models.segmenter import Encoded, Segmenter, SegOutput
 from cssbench.progress import say
+from cssbench.scenario import Step
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -155,6 +157,30 @@ class EncodedBatches:
             tensor = tensor.to(self.fabric.device, non_blocking=True)
             tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
         return Encoded.from_tensors((labels.shape[-2], labels.shape[-1]), tensors)
+
+
+@contextmanager
+def remembering(
+    made: Experiment, step: Step, view: EvaluationDataset
+) -> Iterator[tuple[Callable[[Tensor], SegOutput] | None, dict[str, Any]]]:
+    """What stands for the model in the evaluation after `step` (None: the model itself), and what the step's record
+    says of it, complete once the context is left."""
+    numbers: dict[str, Any] = {}
+    if not made.config.cache.evaluation or not len(view):
+        yield None, numbers
+        return
+    with open_store(made) as store:
+        before, made.evaluated_encoder = made.evaluated_encoder, store.folder.name
+        if before not in (None, store.folder.name):
+            say(f"step {step.index}: cache.evaluation is of no use here: the encoder is not that of the step before")
+            yield None, numbers
+            return
+        last = made.scenario.steps[-1]
+        inputs = sum(len(model_inputs(made.model, one, view.config)) for one in view[0][1])
+        wanted = inputs * len(made.evaluation_stems(last))
+        model = RememberingModel(made.model, store, keep=step is not last, forwards=wanted)
+        yield model, numbers
+        numbers["evaluation_cache"] = {"encoded": model.encoded, **store.counts()}
 
 
 class RememberingModel:
