@@ -10,7 +10,6 @@ wherever input and weights are the same, to the last bit; so after step t only t
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,7 +37,9 @@ def open_store(made: Experiment) -> FeatureStore:
     """The store of the present encoder. Raises ConfigError when its folder cannot be written."""
     config = made.config.cache
     settings = {"precision": made.config.train.precision, "device": made.fabric.device.type}
-    return FeatureStore(store_folder(config.folder), encoder_digest(made.model, settings), config.max_gib)
+    store = FeatureStore(store_folder(config.folder), encoder_digest(made.model, settings), config.max_gib)
+    store.told = not made.fabric.is_global_zero  # one process says it for all
+    return store
 
 
 @contextmanager
@@ -54,9 +55,10 @@ def training_batches(
         with open_store(made) as store:
             dtype = DTYPES[config.dtype]
             loader = make_loader(StoredViews(data, store.folder, dtype), stream, workers, list)
-            passes = math.ceil(len(stream) * stream.micro_batch * stream.world / len(data))
-            views = min(data.views or passes, passes) * len(data)
-            yield EncodedBatches(loader, ctx.model, store, made.fabric, dtype, views), numbers
+            shown = len(stream) * stream.micro_batch * stream.world
+            views = min(data.views * len(data), shown) if data.views else shown
+            title = f"step {ctx.step.index}: features of {views} views of {len(data)} images"
+            yield EncodedBatches(loader, ctx.model, store, made.fabric, dtype, views, title), numbers
             about = {"views": data.views, "dtype": config.dtype, "encoder": store.folder.name}
             numbers["cache"] = {**about, **store.counts()}
     else:
@@ -106,7 +108,7 @@ class StoredViews(StepDataset):
 class EncodedBatches:
     """Micro-batches {"images": Encoded, "labels", "names"} from lists of items as `StepDataset` makes them for a store.
 
-    views: how many views there are in all, for the estimate.
+    views, title: how many views there are in all, and what they are, for the estimate.
     """
 
     loader: Iterable[list[dict[str, Any]]]
@@ -115,6 +117,7 @@ class EncodedBatches:
     fabric: Any
     dtype: torch.dtype
     views: int
+    title: str = "features"
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for items in self.loader:
@@ -136,7 +139,7 @@ class EncodedBatches:
             found = self.model.encode(images).tensors()
         for index, item in enumerate(items):
             item["features"] = {name: self._stored(tensor[index]) for name, tensor in found.items()}
-            self.store.announce("features of this step", self.views, item["features"])
+            self.store.announce(self.title, self.views, item["features"])
             self.store.write(item["key"], item["features"])
 
     def _stored(self, tensor: Tensor) -> Tensor:
@@ -178,7 +181,8 @@ def remembering(
         last = made.scenario.steps[-1]
         inputs = sum(len(model_inputs(made.model, one, view.config)) for one in view[0][1])
         wanted = inputs * len(made.evaluation_stems(last))
-        model = RememberingModel(made.model, store, keep=step is not last, forwards=wanted)
+        title = f"step {step.index}: features of {wanted} inputs of the evaluations"
+        model = RememberingModel(made.model, store, step is not last, wanted, title)
         yield model, numbers
         numbers["evaluation_cache"] = {"encoded": model.encoded, **store.counts()}
 
@@ -187,11 +191,11 @@ class RememberingModel:
     """Stands for the model in an evaluation, one image a call: takes up what the store has for that very input, runs
     the rest, and keeps it where `keep` says that it will be wanted again.
 
-    forwards: how many images are to come, for the estimate.
+    forwards, title: how many inputs are to come, and what they are, for the estimate.
     """
 
-    def __init__(self, model: Segmenter, store: FeatureStore, keep: bool, forwards: int):
-        self.model, self.store, self.keep, self.forwards = model, store, keep, forwards
+    def __init__(self, model: Segmenter, store: FeatureStore, keep: bool, forwards: int, title: str = "features"):
+        self.model, self.store, self.keep, self.forwards, self.title = model, store, keep, forwards, title
         self.heads = [weights_digest(head) for head in model.heads]
         self.encoded = 0
 
@@ -203,7 +207,7 @@ class RememberingModel:
             encoded = self.model.encode(images)
             self.encoded += 1
             if self.keep:
-                self.store.announce("features of the evaluated images", self.forwards, encoded.tensors())
+                self.store.announce(self.title, self.forwards, encoded.tensors())
             self._keep(key, encoded.tensors())
         else:
             encoded = Encoded.from_tensors((images.shape[-2], images.shape[-1]), _on(device, found))
