@@ -32,9 +32,9 @@ def folding_pays(queries: int, heads: int, width: int) -> bool:
 class CrossAttention(nn.Module):
     """Multi-head attention that also returns its similarity before softmax, averaged over heads: the mask logits.
 
-    fold: the form; "auto": the cheaper one by `folding_pays`. Never by what learns: a head that learns and the same head
-    frozen are bit-equal. For the same reason weights are only in linears of contiguous inputs and in `bmm`s (`matmul`
-    looks at what requires grad).
+    fold: the form; "auto": the cheaper one by `folding_pays`. Never by what learns: a head is bit-equal learning and
+    frozen. For the same reason weights are only in linears of contiguous inputs and in `bmm`s (`matmul` looks at what
+    requires grad).
     """
 
     def __init__(self, width: int, heads: int, dropout: float, fold: Fold = "auto"):
