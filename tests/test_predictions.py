@@ -41,11 +41,40 @@ def test_confusion_refuses_what_it_cannot_count():
         (zeros - 1, zeros, "truth holds values"),
         (zeros, torch.full((2, 2), 3), r"prediction holds values outside 0\.\.2"),
         (zeros, zeros + 255, "prediction holds values"),
+        (zeros, zeros - 1, "prediction holds values"),
+        (zeros + 254, zeros, "truth holds values"),
+        (zeros + 256, zeros, "truth holds values"),
+        (zeros + 2**40, zeros, "truth holds values"),  # 0 in its low 32 bits
+        (zeros, zeros - 2**40, "prediction holds values"),
+        (torch.tensor([[0, 1], [9, 255]]), zeros, r"truth holds values outside 0\.\.2 and 255 \(1 pixels\)"),
         (zeros, zeros[0], "differ in shape"),
     ):
         with pytest.raises(ValueError, match=message):
             confusion(truth, predicted, 2)
-    assert confusion(zeros + 255, zeros + 77, 2).sum() == 0  # what is ignored may be predicted as anything
+    for ignored in (77, -1, 255, 2**40):  # what is ignored may be predicted as anything
+        assert confusion(zeros + 255, zeros + ignored, 2).sum() == 0
+
+
+@pytest.mark.parametrize("dtypes", [(torch.uint8, torch.int64), (torch.int16, torch.uint8), (torch.int32, torch.int64)])
+def test_confusion_of_all_class_ids_there_can_be(dtypes: tuple[torch.dtype, torch.dtype]):
+    """254 classes, the most that a label map can hold: every pair of ids once, and once ignored; any shape."""
+    truth, predicted = torch.meshgrid(torch.arange(256), torch.arange(255), indexing="ij")
+    matrix = confusion(truth.to(dtypes[0])[None], predicted.to(dtypes[1])[None], 254)
+    assert matrix.tolist() == [[1] * 255] * 255
+    with pytest.raises(ValueError, match="prediction holds values"):
+        confusion(truth.to(dtypes[0]), predicted.to(dtypes[1]) + 1, 254)
+    assert confusion(truth[:0], predicted[:0], 254).sum() == 0
+    assert confusion(truth[3, 7], predicted[3, 7], 254)[3, 7] == 1
+
+
+def test_both_ways_of_counting_agree():
+    """On a device without a bincount that does not wait, counts are added one by one."""
+    from cssbench.metrics import confusion as module
+
+    code = torch.randint(0, 50, (1000,), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+    expected = module._count(code, 60)
+    assert expected.tolist() == [code.tolist().count(value) for value in range(60)]
+    assert torch.equal(module.added_up(code, 60), expected)
 
 
 @pytest.mark.parametrize(
