@@ -51,9 +51,11 @@ class Row:
 
     def ours(self) -> float:
         """GFLOPs."""
-        backbone = {**self.options["backbone"], "image_size": self.size}
+        options = {**self.options, "backbone": {**self.options["backbone"], "image_size": self.size}}
+        if "head" in options:
+            options["head"] = {**options["head"], "fold": "never"}  # as the papers' code computes it
         device = "cpu" if self.kept or self.values else "meta"
-        model = build_model(self.model, {**self.options, "backbone": backbone}, device)
+        model = build_model(self.model, options, device)
         with torch.device(device):
             model.grow(cut_steps(None, self.classes)[0])
             image = torch.zeros(1, 3, self.size, self.size)
@@ -174,8 +176,10 @@ layers and matrix products (attention's too), LayerNorm (5 per element), batch n
 output element): the head's upsampling and one more resize of the scores to the image. Softmax, activations and sums are
 free. Two things differ from fvcore: it drops what no output depends on, here all that runs counts; and the public v2
 head writes P sigmoid(M) as an einsum, which counts (classes x crop^2), where ours is an element-wise product, which is
-free. The rows of v2 heads below add it. "Public code" is what the papers' code gave under the same rule. What the
-decoders are, and what each step adds to them: [decoders.md](decoders.md).
+free. The rows of v2 heads below add it. ATM heads are counted in the papers' form, `model.head.fold = "never"`;
+`cssbench profile` counts what runs, and by default heads of few classes fold their key and value projections into the
+queries. "Public code" is what the papers' code gave under the same rule. What the decoders are, and what each step
+adds to them: [decoders.md](decoders.md).
 
 """
 

@@ -22,10 +22,11 @@ from cssbench.config import EvaluateConfig
 from cssbench.data.base import SegDataset
 from cssbench.data.transforms import centre_crop, normalise, resize, resize_label, short_side_size, to_tensor
 from cssbench.metrics.confusion import confusion
-from cssbench.models.segmenter import Segmenter
+from cssbench.models.segmenter import Segmenter, SegOutput
 from cssbench.scenario import Scenario, Step
 
 Area = tuple[slice, slice]
+Forward = Callable[[Tensor], SegOutput]
 
 
 @dataclass(frozen=True)
@@ -94,20 +95,20 @@ def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
     return F.pad(image, (0, -width % multiple, 0, -height % multiple))
 
 
-def whole_scores(model: Segmenter, image: Tensor) -> Tensor:
+def whole_scores(model: Segmenter, image: Tensor, forward: Forward | None = None) -> Tensor:
     """(3, H, W) -> (C, H, W) scores from one forward pass, padded to the model's multiple and cut back."""
     height, width = image.shape[-2:]
-    return model(pad_to_multiple(image[None], model.multiple)).scores[0, :, :height, :width]
+    return (forward or model)(pad_to_multiple(image[None], model.multiple)).scores[0, :, :height, :width]
 
 
-def slide_scores(model: Segmenter, image: Tensor, window: int, stride: int) -> Tensor:
+def slide_scores(model: Segmenter, image: Tensor, window: int, stride: int, forward: Forward | None = None) -> Tensor:
     """(3, H, W) -> (C, H, W): mean of the scores of all windows that cover a pixel; the last window of a row or column
     ends at the border. A side shorter than the window is padded, as in `whole_scores`."""
     height, width = image.shape[-2:]
     image = _fill(image, window)
     total, count = None, torch.zeros(image.shape[-2:], device=image.device)
     for area in window_areas(image, window, stride):
-        scores = whole_scores(model, image[(slice(None), *area)]).float()  # half precision would add up badly
+        scores = whole_scores(model, image[(slice(None), *area)], forward).float()  # half precision would add up badly
         if total is None:
             total = scores.new_zeros(len(scores), *image.shape[-2:])
         total[(slice(None), *area)] += scores
@@ -178,10 +179,12 @@ def evaluate(
     on_image: Callable[[], None] = lambda: None,
     keep: frozenset[str] = frozenset(),
     alone: Sequence[frozenset[str]] = (),
+    forward: Forward | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """(matrices, samples): int64 (K+1, K+1) arrays as `results.StepRecord.matrices` names them, and the predicted class
     ids (h, w) of the images in `keep` (geometry `data.sampled`, rule `foreground`).
 
+    forward: runs in the model's place, with the same result (`frozen.RememberingModel`).
     alone[t]: the images evaluated at the earlier step t; over these, matrices `upto<t>` count what the outputs of steps
     0..t alone would predict. With several processes each takes every world-th image and has the samples of its own;
     the counts are added up exactly.
@@ -198,7 +201,7 @@ def evaluate(
     }
     samples: dict[str, np.ndarray] = {}
     for stem, views in _share(fabric, data, workers):
-        for view, scores in _scored(fabric, model, views, data.config):
+        for view, scores in _scored(fabric, model, views, data.config, forward):
             truth = view.label.to(scores.device)
             parts = {"": step.index} | {f".upto{t}": t for t, stems in enumerate(alone) if stem in stems}
             for part, upto in parts.items():
@@ -219,7 +222,9 @@ def _share(fabric: Any, data: EvaluationDataset, workers: int) -> Iterator[tuple
     return iter(DataLoader(data, batch_size=None, sampler=mine, num_workers=workers, multiprocessing_context=context))
 
 
-def _scored(fabric: Any, model: Segmenter, views: list[View], config: EvaluateConfig) -> Iterator[tuple[View, Tensor]]:
+def _scored(
+    fabric: Any, model: Segmenter, views: list[View], config: EvaluateConfig, forward: Forward | None
+) -> Iterator[tuple[View, Tensor]]:
     """Each view with scores (C, h, w) at its label's size. Equal inputs are run once (per kind of inference)."""
     done: list[tuple[bool, Tensor, Tensor]] = []
     for view in views:
@@ -229,9 +234,9 @@ def _scored(fabric: Any, model: Segmenter, views: list[View], config: EvaluateCo
             image = view.image.to(fabric.device)
             with fabric.autocast():
                 if slide:
-                    scores = slide_scores(model, image, config.window, config.stride)
+                    scores = slide_scores(model, image, config.window, config.stride, forward)
                 else:
-                    scores = whole_scores(model, image).float()
+                    scores = whole_scores(model, image, forward).float()
             done.append((slide, view.image, scores))
         if scores.shape[-2:] != view.label.shape:
             scores = F.interpolate(scores[None], size=view.label.shape, mode="bilinear", align_corners=False)[0]

@@ -44,6 +44,7 @@ class Experiment:
     evaluation: PresenceIndex
     model: Segmenter
     method: Method
+    evaluated_encoder: str | None = None  # digest, at the last evaluation of this process
 
     @property
     def transform(self) -> TrainTransform:

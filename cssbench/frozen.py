@@ -10,8 +10,7 @@ wherever input and weights are the same, to the last bit; so after step t only t
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +23,13 @@ from cssbench.base_facts import weights_digest
 from cssbench.data.base import look_up
 from cssbench.data.step_dataset import Key, StepDataset, make_loader
 from cssbench.errors import ConfigError
+from cssbench.evaluate import EvaluationDataset, model_inputs
 from cssbench.experiment import Experiment
 from cssbench.features import FeatureStore, encoder_digest, key_of, raw_bytes, read_tensors, store_folder
 from cssbench.method import StepContext
 from cssbench.models.segmenter import Encoded, Segmenter, SegOutput
 from cssbench.progress import say
+from cssbench.scenario import Step
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -37,7 +38,9 @@ def open_store(made: Experiment) -> FeatureStore:
     """The store of the present encoder. Raises ConfigError when its folder cannot be written."""
     config = made.config.cache
     settings = {"precision": made.config.train.precision, "device": made.fabric.device.type}
-    return FeatureStore(store_folder(config.folder), encoder_digest(made.model, settings), config.max_gib)
+    store = FeatureStore(store_folder(config.folder), encoder_digest(made.model, settings), config.max_gib)
+    store.told = not made.fabric.is_global_zero  # one process says it for all
+    return store
 
 
 @contextmanager
@@ -53,9 +56,10 @@ def training_batches(
         with open_store(made) as store:
             dtype = DTYPES[config.dtype]
             loader = make_loader(StoredViews(data, store.folder, dtype), stream, workers, list)
-            passes = math.ceil(len(stream) * stream.micro_batch * stream.world / len(data))
-            views = min(data.views or passes, passes) * len(data)
-            yield EncodedBatches(loader, ctx.model, store, made.fabric, dtype, views), numbers
+            shown = len(stream) * stream.micro_batch * stream.world
+            views = min(data.views * len(data), shown) if data.views else shown
+            title = f"step {ctx.step.index}: features of {views} views of {len(data)} images"
+            yield EncodedBatches(loader, ctx.model, store, made.fabric, dtype, views, title), numbers
             about = {"views": data.views, "dtype": config.dtype, "encoder": store.folder.name}
             numbers["cache"] = {**about, **store.counts()}
     else:
@@ -105,7 +109,7 @@ class StoredViews(StepDataset):
 class EncodedBatches:
     """Micro-batches {"images": Encoded, "labels", "names"} from lists of items as `StepDataset` makes them for a store.
 
-    views: how many views there are in all, for the estimate.
+    views, title: how many views there are in all, and what they are, for the estimate.
     """
 
     loader: Iterable[list[dict[str, Any]]]
@@ -114,6 +118,7 @@ class EncodedBatches:
     fabric: Any
     dtype: torch.dtype
     views: int
+    title: str = "features"
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for items in self.loader:
@@ -135,7 +140,7 @@ class EncodedBatches:
             found = self.model.encode(images).tensors()
         for index, item in enumerate(items):
             item["features"] = {name: self._stored(tensor[index]) for name, tensor in found.items()}
-            self.store.announce("features of this step", self.views, item["features"])
+            self.store.announce(self.title, self.views, item["features"])
             self.store.write(item["key"], item["features"])
 
     def _stored(self, tensor: Tensor) -> Tensor:
@@ -158,15 +163,40 @@ class EncodedBatches:
         return Encoded.from_tensors((labels.shape[-2], labels.shape[-1]), tensors)
 
 
+@contextmanager
+def remembering(
+    made: Experiment, step: Step, view: EvaluationDataset
+) -> Iterator[tuple[Callable[[Tensor], SegOutput] | None, dict[str, Any]]]:
+    """What stands for the model in the evaluation after `step` (None: the model itself), and what the step's record
+    says of it, complete once the context is left."""
+    numbers: dict[str, Any] = {}
+    if not made.config.cache.evaluation or not len(view):
+        yield None, numbers
+        return
+    with open_store(made) as store:
+        before, made.evaluated_encoder = made.evaluated_encoder, store.folder.name
+        if before not in (None, store.folder.name):
+            say(f"step {step.index}: cache.evaluation is of no use here: the encoder is not that of the step before")
+            yield None, numbers
+            return
+        last = made.scenario.steps[-1]
+        inputs = sum(len(model_inputs(made.model, one, view.config)) for one in view[0][1])
+        wanted = inputs * len(made.evaluation_stems(last))
+        title = f"step {step.index}: features of {wanted} inputs of the evaluations"
+        model = RememberingModel(made.model, store, step is not last, wanted, title)
+        yield model, numbers
+        numbers["evaluation_cache"] = {"encoded": model.encoded, **store.counts()}
+
+
 class RememberingModel:
     """Stands for the model in an evaluation, one image a call: takes up what the store has for that very input, runs
     the rest, and keeps it where `keep` says that it will be wanted again.
 
-    forwards: how many images are to come, for the estimate.
+    forwards, title: how many inputs are to come, and what they are, for the estimate.
     """
 
-    def __init__(self, model: Segmenter, store: FeatureStore, keep: bool, forwards: int):
-        self.model, self.store, self.keep, self.forwards = model, store, keep, forwards
+    def __init__(self, model: Segmenter, store: FeatureStore, keep: bool, forwards: int, title: str = "features"):
+        self.model, self.store, self.keep, self.forwards, self.title = model, store, keep, forwards, title
         self.heads = [weights_digest(head) for head in model.heads]
         self.encoded = 0
 
@@ -178,7 +208,7 @@ class RememberingModel:
             encoded = self.model.encode(images)
             self.encoded += 1
             if self.keep:
-                self.store.announce("features of the evaluated images", self.forwards, encoded.tensors())
+                self.store.announce(self.title, self.forwards, encoded.tensors())
             self._keep(key, encoded.tensors())
         else:
             encoded = Encoded.from_tensors((images.shape[-2], images.shape[-1]), _on(device, found))

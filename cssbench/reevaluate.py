@@ -188,6 +188,6 @@ def _evaluate(made: Experiment, there: RunFolder, step: Step) -> None:
             "seconds": seconds | {"evaluate": round(clock.seconds["evaluate"], 3)},
             "evaluated_from": origin,
         }
-        made.folder.finish_step(step.index, found.matrices, numbers | found.numbers)
+        made.folder.finish_step(step.index, found.matrices, numbers | found.numbers | found.cached)
         say(f"step {step.index}: {summary_line(made, step, found.matrices)}, {clock.seconds['evaluate']:.0f} s")
     made.fabric.barrier()

@@ -12,6 +12,7 @@ from PIL import Image
 from cssbench.depths import DepthCounter, depth_map, gflops
 from cssbench.evaluate import EvaluationDataset, evaluate
 from cssbench.experiment import Experiment
+from cssbench.frozen import remembering
 from cssbench.progress import track
 from cssbench.results import atomic_path, image_name
 from cssbench.scenario import Step
@@ -23,12 +24,13 @@ Arrays = dict[str, np.ndarray]
 class Evaluated:
     """matrices: as `results.StepRecord.matrices`. samples, depths: stem -> (h, w) uint8, the predicted class ids and
     the depths of tokens (`depths.depth_map`) of this process's sample images. numbers: `tokens` and `gflops` of the
-    step's record, where they mean something. seconds: what it took."""
+    step's record, where they mean something; cached: what it says of `frozen.remembering`. seconds: what it took."""
 
     matrices: Arrays
     samples: Arrays = field(default_factory=dict)
     depths: Arrays = field(default_factory=dict)
     numbers: dict[str, Any] = field(default_factory=dict)
+    cached: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
 
 
@@ -46,6 +48,7 @@ def evaluate_step(made: Experiment, step: Step) -> Evaluated:
     with (
         track(f"step {step.index}/{len(steps) - 1}  evaluate", len(view)) as advance,
         DepthCounter(model, fabric.device) as counter,
+        remembering(made, step, view) as (forward, cached),
     ):
         matrices, samples = evaluate(
             fabric,
@@ -57,8 +60,9 @@ def evaluate_step(made: Experiment, step: Step) -> Evaluated:
             advance,
             keep=frozenset(made.sample_stems),
             alone=alone,
+            forward=forward,
         )
-    found = Evaluated(matrices, samples)
+    found = Evaluated(matrices, samples, cached=cached)
     was_training = model.training
     model.eval()
     if tokens := counter.shares(fabric):

@@ -86,7 +86,7 @@ def _run_step(made: Experiment, step: Step, previous: Segmenter | None, base: Ba
     fabric.barrier()
     if fabric.is_global_zero:
         numbers["seconds"] = {name: round(value, 3) for name, value in clock.seconds.items()}
-        made.folder.finish_step(step.index, found.matrices, numbers | found.numbers)
+        made.folder.finish_step(step.index, found.matrices, numbers | found.numbers | found.cached)
         seconds = f"{sum(clock.seconds.values()):.0f} s{' when trained' if base.reused else ''}"
         say(f"step {step.index}: {base.origin}{summary_line(made, step, found.matrices)}, {seconds}")
     fabric.barrier()

@@ -93,9 +93,10 @@ def plain_head(head, taps, version):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("fold", ["always", "never"])
 @pytest.mark.parametrize("version", ["v1", "v2"])
-def test_forward_agrees_with_a_plain_implementation(version):
-    head, taps = make_head(version), make_taps()
+def test_forward_agrees_with_a_plain_implementation(version, fold):
+    head, taps = make_head(version, fold=fold), make_taps()
     got, expected = head(taps, GRID), plain_head(head, taps, version)
     assert len(got) == 3
     for prediction, (masks, classes) in zip(got, expected, strict=True):
@@ -157,10 +158,11 @@ class Kernels(TorchDispatchMode):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("fold", ["always", "never"])
 @pytest.mark.parametrize("version", ["v1", "v2"])
-def test_freezing_a_head_does_not_change_its_kernels(version):
+def test_freezing_a_head_does_not_change_its_kernels(version, fold):
     """A linear of a view takes another one when its weight requires grad: old scores would move in the last bit."""
-    head, taps = make_head(version), [tap[:, 1:] for tap in make_taps()]
+    head, taps = make_head(version, fold=fold), [tap[:, 1:] for tap in make_taps()]
     seen = []
     for learning in (True, False):
         head.requires_grad_(learning)

@@ -57,14 +57,16 @@ def set_p0(model: DToP, p0: float) -> DToP:
 
 @torch.no_grad()
 def halved(model: DToP, x: Tensor) -> DToP:
-    """With the p0 that half of the tokens exceed at the first head."""
+    """With the p0 that half of the tokens exceed at the first head, in the middle between two tokens' confidences."""
     output = set_p0(model, 0.9999)(x)
     head, first = model.heads[0].auxiliary[0], output.stages[0][0] if output.stages[0] else None
     if model.config.auxiliary == "fcn":
         scores = output.logits_of[0][0].softmax(1)[:, 1:]
     else:
         scores = head.combine(head.class_probabilities(first.classes), first.masks.sigmoid())
-    return set_p0(model, float(scores.amax(1).median()))
+    ranked = scores.amax(1).flatten().sort().values
+    middle = len(ranked) // 2
+    return set_p0(model, float(ranked[middle - 1 : middle + 1].mean()))
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -195,18 +196,11 @@ class Teacher(Method):
 
 
 def test_the_previous_model_reads_the_same_features(tmp_path: Path):
-    from cssbench import config, recipes
-    from cssbench.experiment import build_experiment, resolve
-
-    runs = []
-    for name, changes in {"live": [VIEWS], "stored": cached(tmp_path)}.items():
-        torch.set_num_threads(1)
-        content = recipes.override(recipe(tmp_path, LINEAR, "finetune"), changes)
-        settings = resolve(config.validate(content, "test"))
-        made = build_experiment(settings, tmp_path / name, ["test"], method=Teacher())
-        made.folder.create()
-        task_loop.run(made)
-        runs.append(RunFolder.read(tmp_path / name))
+    content = recipe(tmp_path, LINEAR, "finetune")
+    runs = [
+        start(content, tmp_path / name, *changes, method=Teacher())
+        for name, changes in {"live": [VIEWS], "stored": cached(tmp_path)}.items()
+    ]
     assert counts(runs[1]) == (16, 32)
     assert largest_change(*runs) < 1e-6
     assert runs[1].records()[1].content["loss"]["new"] != 0
@@ -240,3 +234,85 @@ def test_the_stream_says_how_many_views_there_are():
     stream = BatchStream(16, 0, 4, 12)
     keys = [key for batch in stream for key in batch]
     assert len({(epoch % 2, index) for epoch, index in keys}) == 32
+
+
+# Evaluation -----------------------------------------------------------------------------------------------------------
+
+REMEMBERED = ["cache.evaluation=true", "evaluate.inference='slide'", "evaluate.window=32", "evaluate.stride=16"]
+
+
+def three_steps(folder: Path, model: dict[str, Any] = SEGVIT, method: str = "segvit-cl") -> dict[str, Any]:
+    """Six classes in three steps; five passes an image: four windows over 48 x 48 px, and the crop."""
+    made = recipe(folder, model, method)
+    (folder / "tiny-2-2.toml").write_text('dataset = "synthetic"\nclasses = 6\nbase = 2\nincrement = 2\n')
+    made["scenario"]["name"] = str(folder / "tiny-2-2.toml")
+    made["train"]["iterations"] = [2, 2]
+    made["data"]["options"]["size"] = 48
+    made["evaluate"]["short_side"] = 48
+    return made
+
+
+def remembered(folder: Path) -> list[str]:
+    return [*REMEMBERED, f"cache.folder='{folder / 'store'}'"]
+
+
+def same_matrices(one: RunFolder, other: RunFolder) -> bool:
+    pairs = zip(one.records(), other.records(), strict=True)
+    return all(
+        mine.matrices.keys() == theirs.matrices.keys()
+        and all((mine.matrices[key] == theirs.matrices[key]).all() for key in mine.matrices)
+        for mine, theirs in pairs
+    )
+
+
+@pytest.mark.parametrize("model", [SEGVIT, EQD, LINEAR], ids=["segvit", "shrunk-eqd", "vit-linear"])
+def test_evaluations_encode_an_image_once_and_count_the_same(tmp_path: Path, model: dict[str, Any]):
+    content = three_steps(tmp_path, model, "segvit-cl" if model is not LINEAR else "finetune")
+    method = Teacher() if model is LINEAR else None
+    live = start(content, tmp_path / "live", *REMEMBERED[1:], method=method)
+    made = start(content, tmp_path / "made", *remembered(tmp_path), method=method and Teacher())
+    assert same_matrices(live, made)
+    found = [record.content["evaluation_cache"] for record in made.records()]
+    images = [0, *(record.content["evaluated_images"] for record in made.records())]
+    new = [after - before for before, after in pairwise(images)]
+    assert [f["encoded"] for f in found] == [5 * number for number in new], "only images not evaluated before"
+    assert found[2]["written"] == 0, "after the last step nothing will be wanted again"
+
+
+def test_heads_that_are_finished_do_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from cssbench.models.atm import ATMHead
+
+    content, forward = three_steps(tmp_path), ATMHead.forward
+    runs: list[int] = []
+
+    def watched(self: ATMHead, taps: list[Tensor], grid: tuple[int, int]) -> Any:
+        if not self.training and not torch.is_grad_enabled():
+            runs.append(id(self))
+        return forward(self, taps, grid)
+
+    monkeypatch.setattr(ATMHead, "forward", watched)
+    made = build(content, tmp_path / "out", *remembered(tmp_path), "evaluate.flops_images=0")
+    made.folder.create()
+    task_loop.run(made)
+    ran = {number: runs.count(id(head)) for number, head in enumerate(made.model.heads)}
+    inputs = len({p.name for p in (tmp_path / "store").rglob("*.safetensors") if len(p.stem) == 64})
+    assert inputs == 5 * made.folder.records()[1].content["evaluated_images"]
+    assert ran[0] == ran[2] == inputs == 30, "once for every input: at step 0, and at the last step"
+
+
+def test_an_encoder_that_learns_makes_evaluations_live(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    content = three_steps(tmp_path, LINEAR, "finetune")
+    live = start(content, tmp_path / "live", *REMEMBERED[1:])
+    tried = start(content, tmp_path / "tried", *remembered(tmp_path))
+    assert same_matrices(live, tried)
+    assert ["evaluation_cache" in record.content for record in tried.records()] == [True, False, False]
+    assert capsys.readouterr().err.count("cache.evaluation is of no use here") == 2
+
+
+def test_an_evaluation_over_again_takes_up_what_was_kept(tmp_path: Path):
+    from cssbench.reevaluate import evaluate_again
+
+    run = start(three_steps(tmp_path), tmp_path / "run", *remembered(tmp_path))
+    evaluate_again(run.path, tmp_path / "again", ["evaluate.background_threshold=0.2"], None, ["test"])
+    again = RunFolder.read(tmp_path / "again")
+    assert [record.content["evaluation_cache"]["encoded"] for record in again.records()][:2] == [0, 0]

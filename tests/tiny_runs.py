@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from cssbench import config, recipes
+from cssbench.api import Method
 from cssbench.experiment import Experiment, build_experiment, resolve
 from cssbench.results import RunFolder
 from cssbench.task_loop import run
@@ -42,13 +43,14 @@ def make_recipe(folder: Path, model: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def build(recipe: dict[str, Any], out: Path, *changes: str) -> Experiment:
+def build(recipe: dict[str, Any], out: Path, *changes: str, method: Method | None = None) -> Experiment:
     torch.set_num_threads(1)
-    return build_experiment(resolve(config.validate(recipes.override(recipe, list(changes)), "test")), out, ["test"])
+    settings = resolve(config.validate(recipes.override(recipe, list(changes)), "test"))
+    return build_experiment(settings, out, ["test"], method)
 
 
-def start(recipe: dict[str, Any], out: Path, *changes: str) -> RunFolder:
-    made = build(recipe, out, *changes)
+def start(recipe: dict[str, Any], out: Path, *changes: str, method: Method | None = None) -> RunFolder:
+    made = build(recipe, out, *changes, method=method)
     made.folder.create()
     run(made)
     return RunFolder.read(out)

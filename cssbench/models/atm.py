@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from cssbench.config import Section
 from cssbench.errors import ModelError
 from cssbench.losses.pixel import full_precision
-from cssbench.models.packed import Packed, key_mask, pad
+from cssbench.models.cross_attention import CrossAttention, Fold
+from cssbench.models.packed import Packed
 
 
 class ATMConfig(Section):
@@ -37,6 +38,11 @@ class ATMConfig(Section):
         gt=0,
         description="of every linear; small heads (d = 96) learn sooner with 0.06, which keeps their logits as large",
     )
+    fold: Fold = Field(
+        "auto",
+        description="cross-attention's key and value projections done to the few queries instead of to all tokens, "
+        "equal up to rounding; auto: where that is cheaper, in heads of less than d / (heads - 1) classes",
+    )
 
 
 @dataclass
@@ -46,38 +52,6 @@ class MaskPrediction:
 
     masks: Tensor
     classes: Tensor
-
-
-class CrossAttention(nn.Module):
-    """Multi-head attention that also returns its similarity before softmax, averaged over heads: the mask logits."""
-
-    def __init__(self, width: int, heads: int, dropout: float):
-        super().__init__()
-        self.heads = heads
-        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, queries: Tensor, tokens: Tensor, layout: Packed | None = None) -> tuple[Tensor, Tensor]:
-        """queries (B, N, d), tokens (B, L, d) -> context (B, N, d), similarity (B, N, L).
-
-        With a layout, tokens are (T, d) as it packs them, each image has one at least, and similarity is (T, N).
-        """
-        k, v = self.k(tokens), self.v(tokens)
-        if layout is not None:
-            k, v = pad(k, layout), pad(v, layout)
-        q, k, v = (self._split(x) for x in (self.q(queries), k, v))
-        similarity = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
-        weights = similarity
-        if layout is not None and min(layout.counts) < max(layout.counts):
-            weights = similarity.masked_fill(~key_mask(layout)[:, None, None], -torch.inf)
-        context = self.dropout(weights.softmax(-1)) @ v
-        similarity = similarity.mean(1)
-        if layout is not None:
-            similarity = similarity.transpose(1, 2)[layout.image, layout.slot]
-        return self.out(context.transpose(1, 2).flatten(2)), similarity
-
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class ATMLayer(nn.Module):
@@ -94,7 +68,7 @@ class ATMLayer(nn.Module):
         if config.version == "v1" if config.self_attention is None else config.self_attention:
             self.self_attention = nn.MultiheadAttention(width, config.heads, config.dropout)
             self.self_norm = nn.LayerNorm(width)
-        self.cross_attention = CrossAttention(width, config.heads, config.dropout)
+        self.cross_attention = CrossAttention(width, config.heads, config.dropout, config.fold)
         self.cross_norm, self.ffn_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.ffn = nn.Sequential(
             nn.Linear(width, 4 * width), nn.ReLU(), nn.Dropout(config.dropout), nn.Linear(4 * width, width)
@@ -173,7 +147,10 @@ class ATMHead(nn.Module):
         v2: P[c] sigmoid(M[c]). v1: sum over queries q of P[q, c] sigmoid(M[q]).
         """
         logits = F.interpolate(full_precision(prediction.masks), size=size, mode="bilinear", align_corners=False)
-        return self.combine(self.class_probabilities(prediction.classes), logits.sigmoid())
+        probability, masks = self.class_probabilities(prediction.classes), logits.sigmoid_()
+        if self.version == "v2" and not torch.is_grad_enabled():
+            return masks.mul_(probability[..., None, None])
+        return self.combine(probability, masks)
 
     def combine(self, probability: Tensor, masks: Tensor) -> Tensor:
         """(B, N, H, W): `class_probabilities` times masks, (B, N, H, W) in [0, 1]."""

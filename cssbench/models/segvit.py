@@ -56,11 +56,11 @@ class MaskOutput(SegOutput):
         Heads that were skipped are left out: ask for scores in eval mode.
         """
         if self.ce is None:
-            return torch.cat([head.scores(prediction, self.size) for head, prediction in self.final], dim=1)
-        own_background = self.heads[0] if self.has_background else None
-        return torch.cat(
-            [head_scores(head, made, self.size, self.ce, head is own_background) for head, made in self.final], dim=1
-        )
+            parts = [head.scores(prediction, self.size) for head, prediction in self.final]
+        else:
+            own = self.heads[0] if self.has_background else None
+            parts = [head_scores(head, made, self.size, self.ce, head is own) for head, made in self.final]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     @cached_property
     def logits(self) -> Tensor:
