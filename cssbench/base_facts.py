@@ -34,7 +34,8 @@ def base_facts(made: Experiment) -> dict[str, Any]:
     stems, method = made.train_stems[0], made.method
     return {
         "data": _origin("datasets", scene.dataset, made.data)
-        | {"options": _by_content(config.data.options), "fingerprint": made.data.fingerprint("train")},
+        | {"options": _by_content(config.data.options), "fingerprint": made.data.fingerprint("train")}
+        | {"stored_side": config.data.stored_side},
         "images": {"trained": stems_digest(stems), "held_out": stems_digest(made.holdout_stems[0])},
         "labels": {
             "classes": list(scene.steps[0].new),

@@ -66,6 +66,16 @@ class DataConfig(Section):
     options: dict[str, Any] = Field(default_factory=dict, description="options of the dataset")
     holdout: float = Field(0.0, ge=0, lt=1, description="share of training images never trained on")
     workers: int = Field(0, ge=0, description="loader processes per device")
+    stored: float | None = Field(
+        None,
+        gt=0,
+        description="GiB for decoded images and label maps in $CSSBENCH_CACHE/images, decoded once for all runs",
+    )
+    stored_side: PositiveInt | None = Field(
+        None,
+        description="train on images reduced to this short side, where theirs is longer (changes what is learned "
+        "from; `stored` keeps them so); None: on those given. Evaluation always reads those given",
+    )
 
 
 class AugmentConfig(Section):

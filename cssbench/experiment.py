@@ -20,6 +20,7 @@ from cssbench.data.base import SegDataset
 from cssbench.data.presence import PresenceIndex, build
 from cssbench.data.registry import make_dataset
 from cssbench.data.step_dataset import split_holdout
+from cssbench.data.stored import StoredDataset
 from cssbench.data.transforms import TrainTransform
 from cssbench.errors import ConfigError, RunError
 from cssbench.method import Method
@@ -49,6 +50,30 @@ class Experiment:
     @property
     def transform(self) -> TrainTransform:
         return TrainTransform(self.config.augment, self.model.pixel_mean, self.model.pixel_std)
+
+    @cached_property
+    def training_data(self) -> SegDataset:
+        """What steps train on: `data`, from stored images where the settings ask for them, and at `stored_side`."""
+        settings = self.config.data
+        if settings.stored is None and settings.stored_side is None:
+            return self.data
+        return StoredDataset(self.data, settings.stored_side, settings.options)
+
+    @property
+    def evaluated_data(self) -> SegDataset:
+        """What is evaluated: `data`, from stored images where they are stored as they are."""
+        return self.training_data if self.config.data.stored_side is None else self.data
+
+    def store_images(self) -> None:
+        """Fill the store of `data.stored` with all that this run reads. All processes of a distributed run call it."""
+        data, limit = self.training_data, self.config.data.stored
+        if limit is not None and isinstance(data, StoredDataset) and self.fabric.is_global_zero:
+            images = [("train", stem) for stem in sorted({stem for stems in self.train_stems for stem in stems})]
+            if data is self.evaluated_data and self.config.evaluate.split != "holdout":
+                seen = self.evaluation_stems(self.scenario.steps[-1])
+                images += [(self.config.evaluate.split, stem) for stem in seen]
+            data.fill(images, limit)
+        self.fabric.barrier()
 
     def evaluation_stems(self, step: Step) -> list[str]:
         """Images of the evaluated split that show a class seen by `step` (the first `evaluate.limit` of them)."""

@@ -30,7 +30,7 @@ from cssbench.data.presence import cache_folder
 from cssbench.errors import ConfigError
 from cssbench.lock import FileLock
 from cssbench.models.segmenter import Segmenter
-from cssbench.progress import say
+from cssbench.progress import say, size_text
 
 GIB = 2**30
 SUFFIX = ".safetensors"
@@ -179,11 +179,6 @@ class FeatureStore:
                 self.total = size_of(self.root)
             lock.release()
         return self.total + needed <= self.max_bytes
-
-
-def size_text(number: float) -> str:
-    """1073741824 -> "1.0 GiB"."""
-    return f"{number / GIB:.1f} GiB" if number >= GIB else f"{number / 2**20:.1f} MiB"
 
 
 def size_of(root: Path) -> int:

@@ -96,8 +96,7 @@ class StoredViews(StepDataset):
         label = look_up(self.table, self.source.label(self.split, stem))
         draw = transform.draw(label, self.generator(key))
         item: dict[str, Any] = {"labels": transform.truth(label, draw), "names": stem}
-        file = self.source.image_path(self.split, stem).stat()
-        about = (self.source.name, stem, file.st_size, file.st_mtime_ns)
+        about = self.source.version(self.split, stem)
         item["key"] = key_of(about, transform.config.crop, transform.mean, transform.std, draw, str(self.dtype))
         found = read_tensors(self.folder, item["key"])
         if found is None:

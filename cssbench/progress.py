@@ -17,6 +17,11 @@ def say(message: str) -> None:
     console.print(message, markup=False, highlight=False, soft_wrap=True)
 
 
+def size_text(number: float) -> str:
+    """Bytes for people: 1073741824 -> "1.0 GiB"."""
+    return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"
+
+
 @contextmanager
 def track(title: str, total: int) -> Iterator[Callable[..., None]]:
     """A bar with count and ETA; call the result once per item, with `note="..."` to show something beside it.

@@ -39,6 +39,7 @@ TRAINED = (
 MACHINE = (
     "data.root",
     "data.workers",
+    "data.stored",
     "train.accelerator",
     "train.devices",
     "cache.evaluation",

@@ -37,7 +37,7 @@ class Evaluated:
 def evaluation_view(made: Experiment, step: Step) -> EvaluationDataset:
     """The images evaluated after `step`."""
     config = made.config.evaluate
-    return EvaluationDataset(made.data, config.split, made.evaluation_stems(step), config, made.model)
+    return EvaluationDataset(made.evaluated_data, config.split, made.evaluation_stems(step), config, made.model)
 
 
 def evaluate_step(made: Experiment, step: Step) -> Evaluated:

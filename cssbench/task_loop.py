@@ -51,6 +51,8 @@ def run(made: Experiment, shared: Path | None = None) -> None:
     """
     previous: Segmenter | None = None
     finished = len(made.folder.records())
+    if finished < len(made.scenario.steps):
+        made.store_images()
     for step in made.scenario.steps:
         torch.manual_seed(derive_seed(made.config.seed, "grow", step.index))  # alike on every process
         made.model.grow(step)
@@ -169,8 +171,8 @@ def _context(made: Experiment, step: Step, previous: Segmenter | None, iteration
     micro = micro_batch(config.train, made.fabric.world_size)
     seed = derive_seed(config.seed, "data")
     views = config.augment.later_views if step.index else None
-    data = StepDataset(made.data, "train", made.train_stems[step.index], table, made.transform, seed, views)
-    held = HoldoutDataset(made.data, made.holdout_stems[step.index], table, made.transform)
+    data = StepDataset(made.training_data, "train", made.train_stems[step.index], table, made.transform, seed, views)
+    held = HoldoutDataset(made.evaluated_data, made.holdout_stems[step.index], table, made.transform)
     stream = BatchStream(
         len(data),
         derive_seed(seed, step.index),

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
 
 from cssbench.config import AugmentConfig
 from cssbench.data import transforms
@@ -184,6 +186,18 @@ def test_nearest_labels_keep_their_values():
         assert set(out.unique().tolist()) <= {3, 200, 255}
         pil = Image.fromarray(label).resize(size[::-1], Image.Resampling.NEAREST)
         np.testing.assert_array_equal(out, pil)
+
+
+def test_labels_by_index_are_torchvisions_nearest():
+    """Also where a pixel's centre falls between two pixels: 3/4, 1/2, 2/3 of the side."""
+    rng = np.random.default_rng(0)
+    sizes = [(n * k, m * k) for n, m in ((4, 3), (2, 1), (3, 2), (3, 4)) for k in (1, 4, 9, 37)]
+    sizes += [(int(n), int(m)) for n, m in rng.integers(1, 300, (40, 2))]
+    for side, resized in sizes:
+        label = torch.from_numpy(rng.integers(0, 256, (side, 23), dtype=np.uint8))
+        for shape, size in ((label, (resized, 31)), (label.T.contiguous(), (16, resized))):
+            expected = F.resize(shape[None], list(size), InterpolationMode.NEAREST_EXACT)[0]
+            assert torch.equal(transforms.resize_label(shape, size), expected)
 
 
 def test_a_fitting_size_is_not_resampled():

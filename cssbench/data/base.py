@@ -11,6 +11,7 @@ import struct
 from abc import ABC, abstractmethod
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -164,6 +165,11 @@ class SegDataset(ABC):
             return np.flatnonzero(_occurring(self.label(split, stem))).astype(np.uint8)
         raw = np.flatnonzero(_occurring(self.raw_label(split, stem))).astype(np.uint8)
         return np.unique(self.to_ids(raw, self.label_path(split, stem)))
+
+    def version(self, split: str, stem: str) -> tuple[Any, ...]:
+        """Plain values that change when the image does: dataset, name, size and time of change of its file."""
+        stat = self.image_path(split, stem).stat()
+        return self.name, stem, stat.st_size, stat.st_mtime_ns
 
     def fingerprint(self, split: str, deep: bool = False, times: bool = False) -> str:
         """SHA-256 (hex) over the label table and the names and sizes of the split's files; with `times` also mtimes,
