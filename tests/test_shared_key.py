@@ -72,6 +72,7 @@ SEVERAL = {
     "model.absent_weight=0.2": {"model.options.absent_weight"},
     "model.head.layers=2": {"model.options.head.layers", "model.initial"},
     "data.options.seed=1": {"data.options.seed", "data.fingerprint"},
+    "data.stored_side=24": {"data.stored_side"},
     "data.holdout=0.5": {"images.trained", "images.held_out"},
     "scenario.order=[3, 2, 1, 4, 5, 6]": {"labels.classes", "labels.table"},
     "scenario.void=ignore": {"labels.void", "labels.table"},
@@ -109,7 +110,14 @@ def test_every_setting_of_optimiser_transforms_and_training_is_a_fact_or_known_n
         ("train.iterations=[4]",),
         ("train.iterations=[4, 4, 4]", "scenario.name=TINY31"),
         ("method.name=plop", "method.threshold=0.1"),
-        ("data.workers=1", "train.log_every=1", "note=other", "evaluate.samples=0", "evaluate.geometries=['crop']"),
+        (
+            "data.workers=1",
+            "data.stored=0.5",
+            "train.log_every=1",
+            "note=other",
+            "evaluate.samples=0",
+            "evaluate.geometries=['crop']",
+        ),
     ],
     ids=" ".join,
 )
