@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cssbench.config import EvaluateConfig
 from cssbench.data.base import SegDataset
+from cssbench.data.step_dataset import worker_context
 from cssbench.data.transforms import centre_crop, normalise, resize, resize_label, short_side_size, to_tensor
 from cssbench.metrics.confusion import confusion
 from cssbench.models.segmenter import Segmenter, SegOutput
@@ -218,7 +219,7 @@ def evaluate(
 def _share(fabric: Any, data: EvaluationDataset, workers: int) -> Iterator[tuple[str, list[View]]]:
     """This process's images, in order."""
     mine = range(fabric.global_rank, len(data), fabric.world_size)
-    context = "spawn" if workers else None
+    context = worker_context(workers)
     return iter(DataLoader(data, batch_size=None, sampler=mine, num_workers=workers, multiprocessing_context=context))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -123,9 +124,22 @@ def make_loader(dataset: Dataset, batches: Any, workers: int, collate: Any = Non
         num_workers=workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
-        persistent_workers=False,
-        multiprocessing_context="spawn" if workers else None,
+        multiprocessing_context=worker_context(workers),
     )
+
+
+def worker_context(workers: int) -> Any:
+    """How loader processes start: forked from a small process that has imported this module, so that only the first
+    loader of a run waits for imports (a loader of each step, one of each evaluation). Fresh ones where that is not
+    known; never forked from this process, whose threads and GPU context a child must not inherit. None: no workers.
+    """
+    if not workers:
+        return None
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 def stem_number(stem: str) -> int:
