@@ -144,27 +144,34 @@ class SegDataset(ABC):
         """`raw_table` applied to a uint8 array: class ids, a new array. Raises DataError naming `path` where a value
         must not occur."""
         table = self.raw_table()
-        forbidden = np.flatnonzero(table < 0)
-        if forbidden.size:
+        allowed = table >= 0
+        if not allowed.all():
             # some value is left to mark what is forbidden, since not all 256 can be class ids of an allowed one
-            mark = np.setdiff1d(np.arange(256), table)[0]
-            ids = look_up(np.where(table < 0, mark, table).astype(np.uint8), raw)
+            unused = np.ones(256, bool)
+            unused[table[allowed]] = False
+            mark = unused.argmax()
+            ids = look_up(np.where(allowed, table, mark).astype(np.uint8), raw)
             if (ids == mark).any():
-                wrong = np.intersect1d(raw, forbidden).tolist()
+                wrong = np.intersect1d(raw, np.flatnonzero(~allowed)).tolist()
                 raise DataError(
                     f"The label map {path} holds the value(s) {wrong[:8]}, which dataset {self.name!r} does not have "
-                    f"(allowed: {_ranges(np.flatnonzero(table >= 0))}). Is this the right dataset, and the right "
+                    f"(allowed: {_ranges(np.flatnonzero(allowed))}). Is this the right dataset, and the right "
                     f"encoding?"
                 )
             return ids
         return look_up(table.astype(np.uint8), raw)
 
     def shown(self, split: str, stem: str) -> np.ndarray:
-        """Class ids that a label map shows, void and ignored pixels included: ascending, uint8. Raises as `label`."""
+        """(256,) bool: which class ids a label map shows, 0 and 255 included. Raises as `label` does."""
         if type(self).label is not SegDataset.label:  # a plug-in that makes label maps its own way
-            return np.flatnonzero(_occurring(self.label(split, stem))).astype(np.uint8)
-        raw = np.flatnonzero(_occurring(self.raw_label(split, stem))).astype(np.uint8)
-        return np.unique(self.to_ids(raw, self.label_path(split, stem)))
+            return _occurring(self.label(split, stem)) > 0
+        raw = np.flatnonzero(_occurring(self.raw_label(split, stem)))
+        ids = self.raw_table()[raw]
+        if (ids < 0).any():
+            self.to_ids(raw.astype(np.uint8), self.label_path(split, stem))  # raises
+        shown = np.zeros(256, bool)
+        shown[ids] = True
+        return shown
 
     def version(self, split: str, stem: str) -> tuple[Any, ...]:
         """Plain values that change when the image does: dataset, name, size and time of change of its file."""
