@@ -21,6 +21,8 @@ from cssbench.losses.pixel import full_precision
 from cssbench.models.cross_attention import CrossAttention, Fold
 from cssbench.models.packed import Packed
 
+CHUNK = 8  # classes
+
 
 class ATMConfig(Section):
     """Options of an ATM head."""
@@ -141,16 +143,21 @@ class ATMHead(nn.Module):
         logits = torch.cat([logits[..., :-1] + self.class_shift, logits[..., -1:]], dim=-1)
         return logits.softmax(-1)[..., :-1]
 
-    def scores(self, prediction: MaskPrediction, size: tuple[int, int]) -> Tensor:
+    def scores(self, prediction: MaskPrediction, size: tuple[int, int], out: Tensor | None = None) -> Tensor:
         """(B, N, H, W) in [0, 1]: mask logits upsampled to `size`, sigmoid, times class probability.
 
         v2: P[c] sigmoid(M[c]). v1: sum over queries q of P[q, c] sigmoid(M[q]).
+        out: where to write them, without gradients only.
         """
-        logits = F.interpolate(full_precision(prediction.masks), size=size, mode="bilinear", align_corners=False)
-        probability, masks = self.class_probabilities(prediction.classes), logits.sigmoid_()
+        masks, probability = full_precision(prediction.masks), self.class_probabilities(prediction.classes)
         if self.version == "v2" and not torch.is_grad_enabled():
-            return masks.mul_(probability[..., None, None])
-        return self.combine(probability, masks)
+            made = masks.new_empty(*masks.shape[:2], *size) if out is None else out
+            # A few classes at a time: the upsampled logits of all of them would not stay in the cache.
+            for few, share, part in zip(*(x.split(CHUNK, 1) for x in (masks, probability, made)), strict=True):
+                torch.mul(upsampled(few, size).sigmoid_(), share[..., None, None], out=part)
+            return made
+        made = self.combine(probability, upsampled(masks, size).sigmoid())
+        return made if out is None else out.copy_(made)
 
     def combine(self, probability: Tensor, masks: Tensor) -> Tensor:
         """(B, N, H, W): `class_probabilities` times masks, (B, N, H, W) in [0, 1]."""
@@ -163,11 +170,15 @@ class ATMHead(nn.Module):
 
         v2: (present - absent)[c] sigmoid(M[c]). v1: sum over q of classes[q, c] sigmoid(M[q]), 'no object' left out.
         """
-        masks = F.interpolate(full_precision(prediction.masks), size=size, mode="bilinear", align_corners=False)
-        classes = full_precision(prediction.classes)
+        masks, classes = upsampled(full_precision(prediction.masks), size), full_precision(prediction.classes)
         if self.version == "v2":
             return (classes[..., 0] - classes[..., 1])[..., None, None] * masks.sigmoid()
         return torch.einsum("bqc,bqhw->bchw", classes[..., :-1], masks.sigmoid())
+
+
+def upsampled(masks: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, N, h, w) -> (B, N, H, W), bilinear."""
+    return F.interpolate(masks, size=size, mode="bilinear", align_corners=False)
 
 
 def head_width(config: ATMConfig, encoder_width: int) -> int:

@@ -55,12 +55,19 @@ class MaskOutput(SegOutput):
 
         Heads that were skipped are left out: ask for scores in eval mode.
         """
-        if self.ce is None:
-            parts = [head.scores(prediction, self.size) for head, prediction in self.final]
-        else:
+        if self.ce is not None:
             own = self.heads[0] if self.has_background else None
-            parts = [head_scores(head, made, self.size, self.ce, head is own) for head, made in self.final]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+            return torch.cat(
+                [head_scores(head, made, self.size, self.ce, head is own) for head, made in self.final], dim=1
+            )
+        if torch.is_grad_enabled():
+            return torch.cat([head.scores(made, self.size) for head, made in self.final], dim=1)
+        numbers = [made.masks.shape[1] for _, made in self.final]
+        masks = full_precision(self.final[0][1].masks)
+        scores = masks.new_empty(len(masks), sum(numbers), *self.size)
+        for (head, made), part in zip(self.final, scores.split(numbers, 1), strict=True):
+            head.scores(made, self.size, out=part)
+        return scores
 
     @cached_property
     def logits(self) -> Tensor:
