@@ -206,7 +206,7 @@ def test_the_cheaper_form_is_chosen():
     for n in (35, 50, 150):
         assert attention_flops("auto", n) == attention_flops("never", n) < attention_flops("always", n)
     assert [n for n in range(1, 200) if folding_pays(n, 16, 512)] == [*range(1, 35)]  # ViT-L: 512 / 15 = 34.1
-    assert folding_pays(10**6, 1, 384)  # one head: folding never has more to do
+    assert folding_pays(10**6, 1, 384)  # one attention head: on enough tokens, always
 
 
 @pytest.mark.parametrize(
