@@ -42,7 +42,7 @@ class SegOutput:
         """`scores` (B, n, H, W), in order and bit for bit, about `most` channels at a time: what an evaluation reads.
 
         An output that can make some channels without the others overrides this; it yields more than `most` where it
-        cannot. Without gradients. A class that defines `scores` anew and not this is read by its `scores`.
+        cannot. A class that defines `scores` anew and not this is read by its `scores`.
         """
         yield from pieces(self.scores, most)
 
