@@ -149,9 +149,8 @@ def resized(chunks: Iterable[Tensor], size: tuple[int, int]) -> Iterator[Tensor]
 
 
 class RunningBest:
-    """Per pixel the largest value of the maps added so far and its index among them: of equal ones the first.
-
-    value: (h, w); index: (h, w) int64; count: maps added. As `torch.max` over all of them, NaN included.
+    """Per pixel the largest value of the maps added so far and its index among them: of equal ones the first, and the
+    first NaN before all. As `torch.max` of all of them. value: (h, w); index: (h, w) int64; count: maps added.
     """
 
     def __init__(self) -> None:
@@ -160,12 +159,19 @@ class RunningBest:
         self.index: Tensor
 
     def add(self, maps: Tensor) -> None:
-        """maps: (n, h, w), n >= 1."""
-        value, index = maps.max(dim=0)
-        if self.count:
-            value, later = torch.stack([self.value, value]).max(dim=0)
-            index = torch.where(later.bool(), index + self.count, self.index)
-        self.value, self.index = value, index
+        """maps: (n, h, w), n >= 1.
+
+        An index costs many times what a largest value does, so it is looked for only where the maps beat what there is.
+        """
+        if self.count == 0:
+            self.value, self.index = maps.max(dim=0)
+        else:
+            value = maps.amax(dim=0)
+            better = (value > self.value) | (value.isnan() & ~self.value.isnan())
+            where = better.flatten().nonzero()[:, 0]
+            index = maps.flatten(1).index_select(1, where).max(dim=0).indices
+            self.index.view(-1)[where] = index + self.count
+            self.value = torch.maximum(self.value, value)
         self.count += len(maps)
 
 
