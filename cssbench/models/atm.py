@@ -7,6 +7,7 @@ Shapes: B images, N classes (queries), L image tokens on an h x w grid, C encode
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,8 +21,7 @@ from cssbench.errors import ModelError
 from cssbench.losses.pixel import full_precision
 from cssbench.models.cross_attention import CrossAttention, Fold
 from cssbench.models.packed import Packed
-
-CHUNK = 8  # classes
+from cssbench.models.pieces import pieces
 
 
 class ATMConfig(Section):
@@ -143,21 +143,27 @@ class ATMHead(nn.Module):
         logits = torch.cat([logits[..., :-1] + self.class_shift, logits[..., -1:]], dim=-1)
         return logits.softmax(-1)[..., :-1]
 
-    def scores(self, prediction: MaskPrediction, size: tuple[int, int], out: Tensor | None = None) -> Tensor:
+    def scores(self, prediction: MaskPrediction, size: tuple[int, int]) -> Tensor:
         """(B, N, H, W) in [0, 1]: mask logits upsampled to `size`, sigmoid, times class probability.
 
         v2: P[c] sigmoid(M[c]). v1: sum over queries q of P[q, c] sigmoid(M[q]).
-        out: where to write them, without gradients only.
         """
-        masks, probability = full_precision(prediction.masks), self.class_probabilities(prediction.classes)
+        return self._scores(self.class_probabilities(prediction.classes), full_precision(prediction.masks), size)
+
+    def score_chunks(self, prediction: MaskPrediction, size: tuple[int, int], most: int) -> Iterator[Tensor]:
+        """`scores` bit for bit, about `most` classes at a time; of v1 all at once."""
+        probability, masks = self.class_probabilities(prediction.classes), full_precision(prediction.masks)
+        first = 0
+        for piece in pieces(masks, masks.shape[1] if self.version == "v1" else most):
+            last = first + piece.shape[1]
+            yield self._scores(probability[:, first:last], piece, size)
+            first = last
+
+    def _scores(self, probability: Tensor, masks: Tensor, size: tuple[int, int]) -> Tensor:
+        shown = upsampled(masks, size).sigmoid_()
         if self.version == "v2" and not torch.is_grad_enabled():
-            made = masks.new_empty(*masks.shape[:2], *size) if out is None else out
-            # A few classes at a time: the upsampled logits of all of them would not stay in the cache.
-            for few, share, part in zip(*(x.split(CHUNK, 1) for x in (masks, probability, made)), strict=True):
-                torch.mul(upsampled(few, size).sigmoid_(), share[..., None, None], out=part)
-            return made
-        made = self.combine(probability, upsampled(masks, size).sigmoid())
-        return made if out is None else out.copy_(made)
+            return shown.mul_(probability[..., None, None])
+        return self.combine(probability, shown)
 
     def combine(self, probability: Tensor, masks: Tensor) -> Tensor:
         """(B, N, H, W): `class_probabilities` times masks, (B, N, H, W) in [0, 1]."""
