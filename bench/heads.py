@@ -16,8 +16,10 @@ from rows import Row
 from speed import compare, main
 from torch import Tensor
 
+from cssbench.config import EvaluateConfig
 from cssbench.models.segmenter import Segmenter
-from cssbench.profile import build_model, cut_steps, no_image, scores
+from cssbench.predict import RunningBest, WholeScores
+from cssbench.profile import build_model, cut_steps, no_image
 
 SIDE, CLASSES = 512, 150
 
@@ -33,9 +35,12 @@ def grown(steps: str | None, device: str, fold: str = "auto") -> Segmenter:
 
 @torch.no_grad()
 def best(model: Segmenter, image: Tensor, half: bool) -> Tensor:
-    """(B, H, W): index of the best class, as the evaluation finds it."""
-    with torch.autocast(image.device.type, torch.bfloat16, enabled=half):
-        return scores(model, image).max(1).indices
+    """(H, W): index of the best class, as the evaluation finds it."""
+    found = RunningBest()
+    autocast = partial(torch.autocast, image.device.type, torch.bfloat16, enabled=half)
+    for chunk in WholeScores(model, image[0], model, autocast, EvaluateConfig().chunk).chunks():
+        found.add(chunk)
+    return found.index
 
 
 @torch.no_grad()

@@ -122,6 +122,6 @@ def evaluation_facts(made: Experiment) -> dict[str, Any]:
         "data": made.data.fingerprint("train" if config.split == "holdout" else config.split),
         "images": stems_digest(made.evaluation_stems(steps[0])),
         "samples": made.sample_stems,
-        "settings": config.model_dump(mode="json", exclude={"split", "samples", "limit"}),
+        "settings": config.model_dump(mode="json", exclude={"split", "samples", "limit", "chunk"}),
         "last": len(steps) == 1,
     }

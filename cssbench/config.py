@@ -182,6 +182,10 @@ class EvaluateConfig(Section):
     inference: Literal["whole", "slide"] = "whole"
     window: PositiveInt = Field(512, description="`slide`: side of the window, px")
     stride: PositiveInt = Field(341, description="`slide`: stride of the window, px")
+    chunk: PositiveInt = Field(
+        16,
+        description="classes scored at once, rounded up to a multiple of 16: changes memory and time, no result",
+    )
     background_threshold: float = Field(
         0.5, ge=0, description="models without a background output predict it where no score reaches this"
     )

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -23,11 +22,20 @@ from cssbench.data.base import SegDataset
 from cssbench.data.step_dataset import worker_context
 from cssbench.data.transforms import centre_crop, normalise, resize, resize_label, short_side_size, to_tensor
 from cssbench.metrics.confusion import confusion
-from cssbench.models.segmenter import Segmenter, SegOutput
+from cssbench.models.segmenter import Segmenter
+from cssbench.predict import (
+    Area,
+    Forward,
+    Ids,
+    Predictor,
+    SlideScores,
+    WholeScores,
+    fill,
+    pad_to_multiple,
+    resized,
+    window_areas,
+)
 from cssbench.scenario import Scenario, Step
-
-Area = tuple[slice, slice]
-Forward = Callable[[Tensor], SegOutput]
 
 
 @dataclass(frozen=True)
@@ -90,52 +98,6 @@ class EvaluationDataset(Dataset):
         return centre_crop(resize(image, size), side), centre_crop(resize_label(label, size), side)
 
 
-def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
-    """Pad (B, 3, H, W) right and below with 0 (the mean colour) to multiples."""
-    height, width = image.shape[-2:]
-    return F.pad(image, (0, -width % multiple, 0, -height % multiple))
-
-
-def whole_scores(model: Segmenter, image: Tensor, forward: Forward | None = None) -> Tensor:
-    """(3, H, W) -> (C, H, W) scores from one forward pass, padded to the model's multiple and cut back."""
-    height, width = image.shape[-2:]
-    return (forward or model)(pad_to_multiple(image[None], model.multiple)).scores[0, :, :height, :width]
-
-
-def slide_scores(model: Segmenter, image: Tensor, window: int, stride: int, forward: Forward | None = None) -> Tensor:
-    """(3, H, W) -> (C, H, W): mean of the scores of all windows that cover a pixel; the last window of a row or column
-    ends at the border. A side shorter than the window is padded, as in `whole_scores`."""
-    height, width = image.shape[-2:]
-    image = _fill(image, window)
-    total, count = None, torch.zeros(image.shape[-2:], device=image.device)
-    for area in window_areas(image, window, stride):
-        scores = whole_scores(model, image[(slice(None), *area)], forward).float()  # half precision would add up badly
-        if total is None:
-            total = scores.new_zeros(len(scores), *image.shape[-2:])
-        total[(slice(None), *area)] += scores
-        count[area] += 1
-    assert total is not None
-    return (total / count)[:, :height, :width]
-
-
-def _fill(image: Tensor, window: int) -> Tensor:
-    """Pad (3, H, W) right and below to at least one window."""
-    height, width = image.shape[-2:]
-    return F.pad(image, (0, max(0, window - width), 0, max(0, window - height)))
-
-
-def window_areas(image: Tensor, window: int, stride: int) -> list[Area]:
-    """Rows and columns of every window over (3, H, W), row by row."""
-    starts = [window_starts(side, window, stride) for side in image.shape[-2:]]
-    return [(slice(top, top + window), slice(left, left + window)) for top in starts[0] for left in starts[1]]
-
-
-def window_starts(extent: int, window: int, stride: int) -> list[int]:
-    """Starts of the windows along one side: regular strides, the last one moved to the border (mmsegmentation)."""
-    number = max(extent - window + stride - 1, 0) // stride + 1
-    return [min(i * stride, extent - window) for i in range(number)]
-
-
 def slides(view: View, config: EvaluateConfig) -> bool:
     """Whether a view is predicted by sliding window."""
     return view.geometry == "full" and config.inference == "slide"
@@ -147,26 +109,9 @@ def model_inputs(model: Segmenter, view: View, config: EvaluateConfig) -> list[t
     image = view.image
     areas: list[Area] = [(slice(0, image.shape[-2]), slice(0, image.shape[-1]))]
     if slides(view, config):
-        image = _fill(image, config.window)
+        image = fill(image, config.window)
         areas = window_areas(image, config.window, config.stride)
     return [(area, pad_to_multiple(image[(slice(None), *area)][None], model.multiple)) for area in areas]
-
-
-class Predictor:
-    """Scores -> predicted class ids, for both rules and for the outputs of steps 0..t alone."""
-
-    def __init__(self, model: Segmenter, scenario: Scenario, threshold: float):
-        self.has_background, self.threshold = model.has_background, threshold
-        self.ids = torch.tensor([0, *scenario.order])
-        self.ends = [len(step.seen) for step in scenario.steps]
-
-    def __call__(self, scores: Tensor, step: int) -> dict[str, Tensor]:
-        """scores: (C, h, w) -> {"all": (h, w) class ids, "foreground": ...} with the outputs of steps 0..step."""
-        classes = scores[1:] if self.has_background else scores
-        best, position = classes[: self.ends[step]].max(dim=0)
-        foreground = self.ids.to(scores.device)[position + 1]
-        background = scores[0] >= best if self.has_background else best < self.threshold
-        return {"all": foreground.masked_fill(background, 0), "foreground": foreground}
 
 
 @torch.no_grad()
@@ -202,14 +147,15 @@ def evaluate(
     }
     samples: dict[str, np.ndarray] = {}
     for stem, views in _share(fabric, data, workers):
-        for view, scores in _scored(fabric, model, views, data.config, forward):
-            truth = view.label.to(scores.device)
-            parts = {"": step.index} | {f".upto{t}": t for t, stems in enumerate(alone) if stem in stems}
+        parts = {"": step.index} | {f".upto{t}": t for t, stems in enumerate(alone) if stem in stems}
+        predicted = _predicted(fabric, model, views, data.config, forward or model, predictor, set(parts.values()))
+        for view, ids in predicted:
+            counts = _Counts(view.label.to(fabric.device), data.source.num_classes)
             for part, upto in parts.items():
-                for rule, predicted in predictor(scores, upto).items():
-                    totals[f"{view.geometry}.{rule}{part}"] += confusion(truth, predicted, data.source.num_classes)
-                    if stem in keep and (view.geometry, rule, part) == (data.sampled, "foreground", ""):
-                        samples[stem] = predicted.cpu().numpy().astype(np.uint8)
+                for rule, found in ids[upto].items():
+                    totals[f"{view.geometry}.{rule}{part}"] += counts(found)
+            if stem in keep and view.geometry == data.sampled:
+                samples[stem] = ids[step.index]["foreground"].cpu().numpy().astype(np.uint8)
         on_image()
     model.train(was_training)
     summed = {key: fabric.all_reduce(total, reduce_op="sum").cpu().numpy() for key, total in totals.items()}
@@ -223,22 +169,48 @@ def _share(fabric: Any, data: EvaluationDataset, workers: int) -> Iterator[tuple
     return iter(DataLoader(data, batch_size=None, sampler=mine, num_workers=workers, multiprocessing_context=context))
 
 
-def _scored(
-    fabric: Any, model: Segmenter, views: list[View], config: EvaluateConfig, forward: Forward | None
-) -> Iterator[tuple[View, Tensor]]:
-    """Each view with scores (C, h, w) at its label's size. Equal inputs are run once (per kind of inference)."""
-    done: list[tuple[bool, Tensor, Tensor]] = []
+def _predicted(
+    fabric: Any,
+    model: Segmenter,
+    views: list[View],
+    config: EvaluateConfig,
+    forward: Forward,
+    predictor: Predictor,
+    steps: set[int],
+) -> Iterator[tuple[View, dict[int, Ids]]]:
+    """Each view with what `predictor` says for `steps`, at its label's size. Equal inputs are run once (per kind of
+    inference), and predicted once where their labels have one size."""
+    done: list[tuple[bool, Tensor, WholeScores | SlideScores]] = []
+    known: dict[tuple[int, torch.Size], dict[int, Ids]] = {}
     for view in views:
         slide = slides(view, config)
-        scores = next((s for kind, image, s in done if kind == slide and torch.equal(image, view.image)), None)
-        if scores is None:
+        same = [s for kind, image, s in done if kind == slide and torch.equal(image, view.image)]
+        if same:
+            scores = same[0]
+        else:
+            how = (forward, fabric.autocast, config.chunk)
             image = view.image.to(fabric.device)
-            with fabric.autocast():
-                if slide:
-                    scores = slide_scores(model, image, config.window, config.stride, forward)
-                else:
-                    scores = whole_scores(model, image, forward).float()
+            if slide:
+                scores = SlideScores(model, image, config.window, config.stride, *how)
+            else:
+                scores = WholeScores(model, image, *how)
             done.append((slide, view.image, scores))
-        if scores.shape[-2:] != view.label.shape:
-            scores = F.interpolate(scores[None], size=view.label.shape, mode="bilinear", align_corners=False)[0]
-        yield view, scores
+        key = (id(scores), view.label.shape)
+        if key not in known:
+            known[key] = predictor(resized(scores.chunks(), (view.label.shape[0], view.label.shape[1])), steps)
+        yield view, known[key]
+
+
+class _Counts:
+    """`confusion` with one truth; predictions that are equal are counted once."""
+
+    def __init__(self, truth: Tensor, num_classes: int):
+        self.truth, self.num_classes = truth, num_classes
+        self.known: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, predicted: Tensor) -> Tensor:
+        found = next((counts for other, counts in self.known if torch.equal(other, predicted)), None)
+        if found is None:
+            found = confusion(self.truth, predicted, self.num_classes)
+            self.known.append((predicted, found))
+        return found

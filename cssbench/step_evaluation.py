@@ -30,8 +30,8 @@ class Evaluated:
     samples: Arrays = field(default_factory=dict)
     depths: Arrays = field(default_factory=dict)
     numbers: dict[str, Any] = field(default_factory=dict)
-    cached: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    cached: dict[str, Any] = field(default_factory=dict)
 
 
 def evaluation_view(made: Experiment, step: Step) -> EvaluationDataset:

@@ -207,6 +207,26 @@ def test_scores_of_v1_let_every_query_vote_for_every_class():
             torch.testing.assert_close(scores[b, c], expected, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_scores_of_many_classes_are_written_where_they_are_wanted(version):
+    """Without gradients a few classes at a time, into a part of a larger tensor: as with gradients, all at once."""
+    head = make_head(version, classes=19)
+    prediction = head(make_taps(), GRID)[-1]
+    wanted = head.scores(prediction, (5, 7))
+    assert wanted.requires_grad
+    with torch.no_grad():
+        around = torch.full((2, 21, 5, 7), 3.0, dtype=torch.double)
+        head.scores(prediction, (5, 7), out=around[:, 1:20])
+        torch.testing.assert_close(around[:, 1:20], wanted, atol=1e-12, rtol=0)
+        torch.testing.assert_close(head.scores(prediction, (5, 7)), wanted, atol=1e-12, rtol=0)
+    assert (around[:, [0, 20]] == 3).all()
+    masks = [F.interpolate(prediction.masks[:, [n]], size=(5, 7), mode="bilinear").sigmoid() for n in range(19)]
+    if version == "v2":
+        shares = prediction.classes.softmax(-1)[..., 0]
+        for n, mask in enumerate(masks):
+            torch.testing.assert_close(wanted[:, [n]], mask * shares[:, n, None, None, None], atol=1e-12, rtol=0)
+
+
 @torch.no_grad()
 def test_mask_logits_are_upsampled_before_the_sigmoid():
     """Logits -8 and 8 side by side: the middle is at 1/2 either way, but a quarter in, sigmoid(-4) is not 1/4."""

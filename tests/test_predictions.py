@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,10 +12,9 @@ from oracles import SCENE, Mean, Oracle, Scores
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from cssbench.evaluate import Predictor, pad_to_multiple, slide_scores, window_starts
-from cssbench.evaluate import whole_scores as whole
 from cssbench.metrics.confusion import confusion
 from cssbench.models.segmenter import Segmenter
+from cssbench.predict import Predictor, SlideScores, WholeScores, pad_to_multiple, window_starts
 
 
 def test_confusion_by_hand():
@@ -112,6 +113,14 @@ def test_pad_to_multiple_by_hand():
     assert torch.equal(pad_to_multiple(padded, 4), padded)
 
 
+def whole(model: Segmenter, image: Tensor) -> Tensor:
+    return torch.cat(list(WholeScores(model, image, model, nullcontext, 1).chunks()))
+
+
+def slide_scores(model: Segmenter, image: Tensor, window: int, stride: int) -> Tensor:
+    return torch.cat(list(SlideScores(model, image, window, stride, model, nullcontext, 1).chunks()))
+
+
 def test_one_window_that_covers_the_image_is_the_whole_image():
     model = Mean(False, 1).eval()
     image = torch.rand(3, 6, 6)
@@ -142,7 +151,7 @@ def test_scores_in_half_precision_are_averaged_in_full():
 
 
 def predict(model: Segmenter, scores: list[float], step: int) -> tuple[int, int]:
-    found = Predictor(model, SCENE, 0.5)(torch.tensor(scores)[:, None, None], step)
+    found = Predictor(model, SCENE, 0.5)([torch.tensor(scores)[:, None, None]], [step])[step]
     return int(found["all"]), int(found["foreground"])
 
 

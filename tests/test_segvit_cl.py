@@ -13,11 +13,11 @@ from cssbench import protocol
 from cssbench.api import Batch, ConfigError, Segmenter
 from cssbench.baselines.finetune import FineTune
 from cssbench.baselines.segvit_cl import SegViTCL
-from cssbench.evaluate import Predictor
 from cssbench.metrics import continual
 from cssbench.metrics.confusion import confusion
 from cssbench.models.segmenter import freeze_copy
 from cssbench.models.segvit import SegViT
+from cssbench.predict import Predictor
 
 TEST_IMAGES, TEST_IDS = scenes(12, 1)
 
@@ -64,7 +64,7 @@ def predictions(scores, threshold=0.2):
     predictor = Predictor(make_model(), SCENARIO, threshold)
     found = []
     for t, images in enumerate(scores):
-        each = [predictor(image, t) for image in images]
+        each = [predictor([image], [t])[t] for image in images]
         found.append({rule: torch.stack([one[rule] for one in each]) for rule in ("all", "foreground")})
     return found
 
@@ -116,7 +116,7 @@ def test_nothing_is_lost_to_changed_parameters(scores):
     predictor = Predictor(make_model(), SCENARIO, 0.2)
     found, without = predictions(scores), []
     for s in (0, 1):
-        alone = [predictor(image, s) for image in scores[-1]]
+        alone = [predictor([image], [s])[s] for image in scores[-1]]
         for rule in ("all", "foreground"):
             assert torch.equal(torch.stack([image[rule] for image in alone]), found[s][rule])
         without.append(group_scores(torch.stack([image["foreground"] for image in alone]), s)[f"group{s}"])

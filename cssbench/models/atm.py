@@ -7,6 +7,7 @@ Shapes: B images, N classes (queries), L image tokens on an h x w grid, C encode
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +21,7 @@ from cssbench.errors import ModelError
 from cssbench.losses.pixel import full_precision
 from cssbench.models.cross_attention import CrossAttention, Fold
 from cssbench.models.packed import Packed
+from cssbench.models.pieces import pieces
 
 
 class ATMConfig(Section):
@@ -146,11 +148,22 @@ class ATMHead(nn.Module):
 
         v2: P[c] sigmoid(M[c]). v1: sum over queries q of P[q, c] sigmoid(M[q]).
         """
-        logits = F.interpolate(full_precision(prediction.masks), size=size, mode="bilinear", align_corners=False)
-        probability, masks = self.class_probabilities(prediction.classes), logits.sigmoid_()
+        return self._scores(self.class_probabilities(prediction.classes), full_precision(prediction.masks), size)
+
+    def score_chunks(self, prediction: MaskPrediction, size: tuple[int, int], most: int) -> Iterator[Tensor]:
+        """`scores` bit for bit, about `most` classes at a time; of v1 all at once."""
+        probability, masks = self.class_probabilities(prediction.classes), full_precision(prediction.masks)
+        first = 0
+        for piece in pieces(masks, masks.shape[1] if self.version == "v1" else most):
+            last = first + piece.shape[1]
+            yield self._scores(probability[:, first:last], piece, size)
+            first = last
+
+    def _scores(self, probability: Tensor, masks: Tensor, size: tuple[int, int]) -> Tensor:
+        shown = upsampled(masks, size).sigmoid_()
         if self.version == "v2" and not torch.is_grad_enabled():
-            return masks.mul_(probability[..., None, None])
-        return self.combine(probability, masks)
+            return shown.mul_(probability[..., None, None])
+        return self.combine(probability, shown)
 
     def combine(self, probability: Tensor, masks: Tensor) -> Tensor:
         """(B, N, H, W): `class_probabilities` times masks, (B, N, H, W) in [0, 1]."""
@@ -163,11 +176,15 @@ class ATMHead(nn.Module):
 
         v2: (present - absent)[c] sigmoid(M[c]). v1: sum over q of classes[q, c] sigmoid(M[q]), 'no object' left out.
         """
-        masks = F.interpolate(full_precision(prediction.masks), size=size, mode="bilinear", align_corners=False)
-        classes = full_precision(prediction.classes)
+        masks, classes = upsampled(full_precision(prediction.masks), size), full_precision(prediction.classes)
         if self.version == "v2":
             return (classes[..., 0] - classes[..., 1])[..., None, None] * masks.sigmoid()
         return torch.einsum("bqc,bqhw->bchw", classes[..., :-1], masks.sigmoid())
+
+
+def upsampled(masks: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, N, h, w) -> (B, N, H, W), bilinear."""
+    return F.interpolate(masks, size=size, mode="bilinear", align_corners=False)
 
 
 def head_width(config: ATMConfig, encoder_width: int) -> int:

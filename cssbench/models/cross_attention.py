@@ -39,7 +39,7 @@ class CrossAttention(nn.Module):
 
     def __init__(self, width: int, heads: int, dropout: float, fold: Fold = "auto"):
         super().__init__()
-        self.heads, self.fold = heads, fold
+        self.heads, self.fold, self.scale = heads, fold, (width // heads) ** -0.5
         self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
         self.dropout = nn.Dropout(dropout)
 
@@ -48,10 +48,8 @@ class CrossAttention(nn.Module):
 
         With a layout, tokens are (T, d) as it packs them, each image has one at least, and similarity is (T, N).
         """
-        q = self.q(queries)
-        q = q * (q.shape[-1] // self.heads) ** -0.5
         attend = self._folded if self.folds(queries.shape[1]) else self._plain
-        context, similarity = attend(q, tokens, layout)
+        context, similarity = attend(self.q(queries), tokens, layout)
         if layout is not None:
             similarity = similarity.transpose(1, 2)[layout.image, layout.slot]
         return self.out(context), similarity
@@ -65,39 +63,39 @@ class CrossAttention(nn.Module):
         k, v = self.k(tokens), self.v(tokens)
         if layout is not None:
             k, v = pad(k, layout), pad(v, layout)
-        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
+        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q * self.scale, k, v))
         similarity = q @ k.transpose(-2, -1)
         context = self._weights(similarity, layout) @ v
         return context.transpose(1, 2).flatten(2), similarity.mean(1)
 
     def _folded(self, q: Tensor, tokens: Tensor, layout: Packed | None) -> tuple[Tensor, Tensor]:
-        """As `_plain`. An attention head's queries of all images meet its weights in one product (`by_head`: heads
-        first, (heads, B N, ...)); all heads' queries of an image meet its tokens in another (`by_image`)."""
+        """As `_plain`. A head's queries of all images meet its weights in one product, (heads, B N, ...); all heads'
+        queries of an image meet its tokens in another, (B, heads N, ...)."""
         if layout is not None:
             tokens = pad(tokens, layout)
-        images, number, _ = q.shape
-        w_k, b_k, w_v, b_v = (
-            x.unflatten(0, (self.heads, -1)) for x in (self.k.weight, self.k.bias, self.v.weight, self.v.bias)
+        (images, number, width), heads, part = q.shape, self.heads, q.shape[-1] // self.heads
+        w_k, w_v = (x.weight.view(heads, part, width) for x in (self.k, self.v))
+        q = q.view(images * number, heads, part).transpose(0, 1)
+        folded, shift = (
+            _swapped(torch.bmm(q, x), heads, images, number) for x in (w_k, self.k.bias.view(heads, part, 1))
         )
-
-        def by_image(x: Tensor) -> Tensor:
-            return x.unflatten(1, (images, number)).transpose(0, 1).flatten(1, 2)
-
-        def by_head(x: Tensor) -> Tensor:
-            return x.unflatten(1, (self.heads, number)).transpose(0, 1).flatten(1, 2)
-
-        q = q.flatten(0, 1).unflatten(-1, (self.heads, -1)).transpose(0, 1)
-        shift, folded = by_image(torch.bmm(q, b_k[..., None])), by_image(torch.bmm(q, w_k))
-        similarity = torch.baddbmm(shift, folded, tokens.transpose(1, 2)).unflatten(1, (self.heads, number))
-        weights = self._weights(similarity, layout).flatten(1, 2)
-        bias, read = b_v[:, None], by_head(torch.bmm(weights, tokens))
+        similarity = torch.baddbmm(shift, folded, tokens.transpose(1, 2), beta=self.scale, alpha=self.scale)
+        similarity = similarity.view(images, heads, number, -1)
+        weights = self._weights(similarity, layout).view(images, heads * number, -1)
+        read, bias = _swapped(torch.bmm(weights, tokens), images, heads, number), self.v.bias.view(heads, 1, part)
         if self.training and self.dropout.p:
-            bias = by_head(weights.sum(-1, keepdim=True)) * bias
-        context = torch.baddbmm(bias, read, w_v.transpose(1, 2)).unflatten(1, (images, number))
-        return context.permute(1, 2, 0, 3).flatten(2), similarity.mean(1)
+            bias = _swapped(weights.sum(-1, keepdim=True), images, heads, number) * bias
+        context = torch.baddbmm(bias, read, w_v.transpose(1, 2)).view(heads, images, number, part)
+        context = context.permute(1, 2, 0, 3).reshape(images, number, width)
+        return context, similarity.mean(1)
 
     def _weights(self, similarity: Tensor, layout: Packed | None) -> Tensor:
         """(B, heads, N, L) -> softmax over an image's own tokens, after dropout."""
         if layout is not None and min(layout.counts) < max(layout.counts):
             similarity = similarity.masked_fill(~key_mask(layout)[:, None, None], -torch.inf)
         return self.dropout(similarity.softmax(-1))
+
+
+def _swapped(x: Tensor, first: int, second: int, number: int) -> Tensor:
+    """(first, second x number, d) -> (second, first x number, d)."""
+    return x.view(first, second, number, -1).transpose(0, 1).reshape(second, first * number, -1)

@@ -8,7 +8,7 @@ When tokens leave, and what becomes of their predictions: `cssbench.models.exits
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -24,6 +24,7 @@ from cssbench.models.atm import ATMConfig, ATMHead, MaskPrediction
 from cssbench.models.backbone import Backbone, to_map
 from cssbench.models.exits import ExitOptions, Survivors
 from cssbench.models.packed import Packed, check_block
+from cssbench.models.pieces import pieces
 from cssbench.models.segmenter import autograd_off
 from cssbench.models.segvit import MaskOutput, SegViT
 from cssbench.models.setr import NaiveHead
@@ -90,12 +91,23 @@ class DToPOutput(MaskOutput):
     def scores(self) -> Tensor:
         if self.upsample == "logits":
             return torch.cat([head.scores(prediction, self.size) for head, prediction in self.final], dim=1)
-        running = [(h, s) for h, s in zip(self.heads, self.stages, strict=True) if s is not None]
-        maps = torch.cat([self._map(head, stages) for head, stages in running], dim=1)
+        return self._upsample(self._maps())
+
+    def score_chunks(self, most: int) -> Iterator[Tensor]:
+        if self.upsample == "logits":
+            return super().score_chunks(most)
+        return map(self._upsample, pieces(self._maps(), most))
+
+    def _upsample(self, maps: Tensor) -> Tensor:
         return F.interpolate(maps, size=self.size, mode="bilinear", align_corners=False)
 
+    def _maps(self) -> Tensor:
+        """(B, C, h, w): scores on the grid."""
+        running = [(h, s) for h, s in zip(self.heads, self.stages, strict=True) if s is not None]
+        return torch.cat([self._map(head, stages) for head, stages in running], dim=1)
+
     def _map(self, head: ATMHead, stages: list[MaskPrediction]) -> Tensor:
-        """(B, N, h, w): scores on the grid."""
+        """(B, N, h, w): scores of one step's classes on the grid."""
         assert isinstance(head, StagedATM)
         shown = full_precision(stages[-1].masks).sigmoid()
         made = head.combine(head.class_probabilities(stages[-1].classes), shown)

@@ -8,6 +8,7 @@ as in the public code of MiB, PLOP and REMINDER. Logits are made on the coarse g
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,6 +21,7 @@ from cssbench.errors import ConfigError
 from cssbench.losses.distill import fold_logits
 from cssbench.losses.init import balanced_init
 from cssbench.losses.pixel import Reduction, cross_entropy, full_precision
+from cssbench.models.pieces import pieces
 from cssbench.models.segmenter import Encoded, Segmenter, SegOutput
 from cssbench.scenario import Step
 
@@ -33,7 +35,13 @@ class PixelOutput(SegOutput):
     @cached_property
     def scores(self) -> Tensor:
         """(B, C, H, W): `low`, upsampled in full precision. Logits and scores are the same here."""
-        return F.interpolate(full_precision(self.low), size=self.size, mode="bilinear", align_corners=False)
+        return self._upsample(full_precision(self.low))
+
+    def score_chunks(self, most: int) -> Iterator[Tensor]:
+        return map(self._upsample, pieces(full_precision(self.low), most))
+
+    def _upsample(self, maps: Tensor) -> Tensor:
+        return F.interpolate(maps, size=self.size, mode="bilinear", align_corners=False)
 
     def pod_maps(self, num_outputs: int) -> list[Tensor]:
         """The taps, then `low`, whose new classes are added to background's channel (`fold_logits`)."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cssbench.config import Section
+from cssbench.models.pieces import pieces
 from cssbench.scenario import Step
 
 
@@ -35,6 +37,19 @@ class SegOutput:
         """(B, C, H, W): the argmax over C is the predicted position (channel 0 = position 0 with a background
         output, position 1 without)."""
         raise NotImplementedError
+
+    def score_chunks(self, most: int) -> Iterator[Tensor]:
+        """`scores` (B, n, H, W), in order and bit for bit, about `most` channels at a time: what an evaluation reads.
+
+        An output that can make some channels without the others overrides this; it yields more than `most` where it
+        cannot. A class that defines `scores` anew and not this is read by its `scores`.
+        """
+        yield from pieces(self.scores, most)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "scores" in vars(cls) and "score_chunks" not in vars(cls):
+            cls.score_chunks = SegOutput.score_chunks  # type: ignore[method-assign]
 
     @cached_property
     def logits(self) -> Tensor:

@@ -6,6 +6,7 @@ no score reaches the evaluation's threshold.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -55,12 +56,21 @@ class MaskOutput(SegOutput):
 
         Heads that were skipped are left out: ask for scores in eval mode.
         """
-        if self.ce is None:
-            parts = [head.scores(prediction, self.size) for head, prediction in self.final]
-        else:
-            own = self.heads[0] if self.has_background else None
-            parts = [head_scores(head, made, self.size, self.ce, head is own) for head, made in self.final]
+        parts = [self._head_scores(head, prediction) for head, prediction in self.final]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def score_chunks(self, most: int) -> Iterator[Tensor]:
+        """Of v2 some classes of a head at a time; a v1 head's queries, and a softmax', need all classes of the head."""
+        for head, prediction in self.final:
+            if self.ce is None:
+                yield from head.score_chunks(prediction, self.size, most)
+            else:
+                yield self._head_scores(head, prediction)
+
+    def _head_scores(self, head: ATMHead, prediction: MaskPrediction) -> Tensor:
+        if self.ce is None:
+            return head.scores(prediction, self.size)
+        return head_scores(head, prediction, self.size, self.ce, self.has_background and head is self.heads[0])
 
     @cached_property
     def logits(self) -> Tensor:
