@@ -46,7 +46,7 @@ def complaint(*changes: str) -> str:
         ("batch_size=3", "unknown key 'batch_size' (did you mean 'train.batch_size'?)"),
         ("crop=3", "unknown key 'crop' (did you mean 'augment.crop' or 'evaluate.crop'?)"),
         # nothing near: all there are
-        ("data.zzz=1", "unknown key 'data.zzz' (known: holdout, options, root, workers)"),
+        ("data.zzz=1", "unknown key 'data.zzz' (known: holdout, options, root, stored, stored_side, workers)"),
     ],
 )
 def test_unknown_keys_are_refused_with_a_hint(change: str, message: str):
