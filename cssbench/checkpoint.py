@@ -13,7 +13,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cssbench.errors import RunError
 from cssbench.results import write_bytes
@@ -40,6 +40,20 @@ def load_weights(path: Path, model: nn.Module) -> None:
             f"unexpected or of another shape, the first being {wrong[0]!r}."
         )
     model.load_state_dict(tensors)
+
+
+def encode_tensors(tensors: dict[str, Tensor], about: dict[str, str]) -> bytes:
+    """Tensors on the CPU, and words about them, as the content of a safetensors file."""
+    return safetensors.torch.save(tensors, metadata=about)
+
+
+def map_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    """The tensors of a file, mapped into memory, and what is said about them; None where it cannot be read."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError):
+        return None
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:

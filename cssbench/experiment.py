@@ -246,7 +246,7 @@ def check_cache(config: RunConfig, model: Segmenter) -> None:
         raise ConfigError(
             f"cache.{wanted[0]} keeps what an encoder makes for its heads, but model {config.model.name!r} does not "
             f"keep the two apart: its heads work inside the encoder, or it defines forward instead of encode and "
-            f"decode. Set cache.{wanted[0]} = false, or choose a model such as 'segvit' or 'shrunk'."
+            f"decode. Set cache.{wanted[0]} = false, or choose a model that does."
         )
 
 

@@ -19,12 +19,10 @@ from pathlib import Path
 from time import sleep
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from cssbench import provenance
+from cssbench import checkpoint, provenance
 from cssbench.base_facts import PACKAGES, sources, weights_digest
 from cssbench.data.presence import cache_folder
 from cssbench.errors import ConfigError
@@ -62,14 +60,11 @@ def path_of(folder: Path, key: str) -> Path:
 
 def read_tensors(folder: Path, key: str) -> dict[str, Tensor] | None:
     """The tensors kept under `key`, mapped from the file; None where there are none, or they are damaged."""
-    path = path_of(folder, key)
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            known = (file.metadata() or {}).get("crc32")
-    except (OSError, safetensors.SafetensorError):
+    found = checkpoint.map_tensors(path_of(folder, key))
+    if found is None:
         return None
-    return tensors if known == checksum(tensors) else None
+    tensors, about = found
+    return tensors if about.get("crc32") == checksum(tensors) else None
 
 
 def checksum(tensors: dict[str, Tensor]) -> str:
@@ -143,7 +138,7 @@ class FeatureStore:
         if self.full:
             return
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        content = safetensors.torch.save(tensors, metadata={"crc32": checksum(tensors)})
+        content = checkpoint.encode_tensors(tensors, {"crc32": checksum(tensors)})
         if self.written_files % RESCAN == RESCAN - 1:
             self.total = size_of(self.root)
         if self.total + len(content) > self.max_bytes and not self._make_room(len(content)):

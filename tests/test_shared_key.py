@@ -92,7 +92,7 @@ def test_what_changes_the_base_step_changes_the_key(recipe, plain, tmp_path, cha
 
 def test_every_setting_of_optimiser_transforms_and_training_is_a_fact_or_known_not_to_matter(plain):
     free = ("epochs", "accelerator", "devices", "log_every", "initial")  # `initial` by its weights: model.initial
-    known = {"optim.later_lr", *(f"train.{n}" for n in free)}
+    known = {"optim.later_lr", "augment.later_views", *(f"train.{n}" for n in free)}
     sections = {"optim": config.OptimConfig, "augment": config.AugmentConfig, "train": config.TrainConfig}
     names = {f"{section}.{name}" for section, kind in sections.items() for name in kind.model_fields}
     assert names - {n for n in names if n.startswith("optim.later_")} - known <= plain.keys()
