@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from cssbench.config import Section
 from cssbench.errors import ModelError
 from cssbench.models.encoders import Block, check_file, make_vit
-from cssbench.models.packed import Attention, Packed, run_block
+from cssbench.models.packed import Packed, run_block
+from cssbench.models.ragged_attention import Attention
 from cssbench.models.weights import fill, read_weights
 
 SPARE = ("norm.", "fc_norm.", "attn_pool.", "head", "decoder_")  # in files, but not below a tap
