@@ -123,6 +123,7 @@ class Shrunk(SegViT):
             )
         if config.down_layer >= depth:
             raise ModelError(f"model.down_layer is {config.down_layer}; expected 0 to {depth - 1}, a block of the ViT.")
+        self.backbone.refuse_checkpointing("shrunk")
         if config.backbone.prefix_tokens != "drop":
             raise ModelError("Model 'shrunk' drops class and register tokens: set model.backbone.prefix_tokens='drop'.")
         if config.edges and not config.upsample:
