@@ -8,6 +8,7 @@ drawn as without compilation, so that results differ by rounding alone.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -51,8 +52,17 @@ def compiled(models: list[Segmenter | None], enabled: bool = True) -> Iterator[N
     import torch._inductor.config
 
     # one entry per block (each has its own drop path rate), each for training and evaluation mode
-    limits: dict[str, Any] = {"recompile_limit": 8 + 4 * len(parts), "accumulated_recompile_limit": 256 + 4 * len(parts)}
-    with torch._dynamo.config.patch(**limits), torch._inductor.config.patch(fallback_random=True):
+    limits: dict[str, Any] = {
+        "recompile_limit": 8 + 4 * len(parts),
+        "accumulated_recompile_limit": 256 + 4 * len(parts),
+    }
+    limits |= {"suppress_errors": True}  # what cannot be traced runs eager; torch says so
+    with (
+        torch._dynamo.config.patch(**limits),
+        torch._inductor.config.patch(fallback_random=True),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")  # by tracing
         try:
             for part in parts:
                 part.compile(backend=BACKEND, dynamic=False)
