@@ -133,6 +133,9 @@ class OptimConfig(Section):
     min_lr: float = Field(0.0, ge=0)
     warmup: int = Field(0, ge=0, description="iterations of linear warm-up")
     warmup_ratio: float = Field(1e-6, gt=0, le=1)
+    fused: bool | None = Field(
+        None, description="one kernel for many parameters, equal up to rounding; None: on a GPU, unless 16-mixed clips"
+    )
 
 
 class TrainConfig(Section):
@@ -149,6 +152,15 @@ class TrainConfig(Section):
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     devices: PositiveInt = 1
+    compile: bool = Field(
+        False, description="torch.compile for the encoder's blocks in training; without a compiler, eager as before"
+    )
+    channels_last: bool = Field(
+        False, description="images and convolutions with channels innermost in memory: for ResNets on a GPU"
+    )
+    teacher_precision: Literal["same", "bf16"] = Field(
+        "same", description="of the previous model's forward pass: as precision says, or bf16 autocast"
+    )
     log_every: PositiveInt = 10
     initial: str | None = Field(
         None, description="run folder: step 0 starts from the weights after its step 0. See `cssbench.initial`"

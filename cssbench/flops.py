@@ -5,8 +5,8 @@ running statistics 2 per element, LayerNorm and GroupNorm 5 (4 without weights);
 nearest 1, adaptive average pooling 1 per input element. Everything else is free: softmax, activations, residual sums,
 element-wise products (so P sigmoid(M), written as a broadcast product, is free too; the public code's einsum is not).
 
-Known deviation: fvcore drops what no output depends on; here everything that runs is counted. Only shapes are read, so
-tensors on the meta device will do.
+Known deviation: fvcore drops what no output depends on; here everything that runs is counted. Only shapes are read (but
+for attention of variable lengths), so tensors on the meta device will do.
 """
 
 from __future__ import annotations
@@ -33,6 +33,13 @@ def _attention(args: Any, out: Tensor) -> int:
     return query[..., 0].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
 
 
+def _ragged_attention(args: Any, out: Tensor) -> int:
+    """Of torch's attention of variable lengths. The only rule that reads values: how many tokens each image has."""
+    query, value, (starts, key_starts) = args[0], args[2], args[3:5]  # (T, heads, E or V), (B + 1,)
+    pairs = int((starts.diff().long() * key_starts.diff().long()).sum())
+    return pairs * query.shape[1] * (query.shape[-1] + value.shape[-1])
+
+
 def _norm(weight: int) -> Rule:
     return lambda args, out: args[0].numel() * (4 if args[weight] is None else 5)
 
@@ -54,6 +61,7 @@ RULES: dict[str, Rule] = {
     "cudnn_batch_norm": _batch_norm,
     "upsample_bilinear2d": lambda args, out: 4 * out.numel(),
     "upsample_nearest2d": lambda args, out: out.numel(),
+    "_varlen_attn": _ragged_attention,
     "_adaptive_avg_pool2d": lambda args, out: args[0].numel(),
 }
 

@@ -5,17 +5,20 @@ Devices, processes and mixed precision are Lightning Fabric's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
+from cssbench.compiling import compiled
 from cssbench.config import OptimConfig, TrainConfig
 from cssbench.contract import check_groups, check_output, check_terms
 from cssbench.errors import ConfigError, NonFiniteLossError
 from cssbench.method import Batch, Method, StepContext
+from cssbench.models.segmenter import Segmenter
 
 
 def make_fabric(config: TrainConfig) -> Fabric:
@@ -39,7 +42,21 @@ def micro_batch(config: TrainConfig, world: int) -> int:
     return config.batch_size // parts
 
 
-def make_optimizer(config: OptimConfig, groups: list[dict[str, Any]], step: int) -> torch.optim.Optimizer:
+def use_fused(optim: OptimConfig, train: TrainConfig, device: torch.device) -> bool:
+    """`optim.fused`, decided. Raises ConfigError where it is asked for with clipping in float16: a fused step takes the
+    loss scale out by itself, too late to clip."""
+    unscales = train.precision == "16-mixed" and optim.clip is not None
+    if optim.fused and unscales:
+        raise ConfigError(
+            "optim.fused = true cannot clip gradients with train.precision = '16-mixed'. Leave optim.fused out, set "
+            "optim.clip = 'none', or train.precision = 'bf16-mixed'."
+        )
+    return device.type == "cuda" and not unscales if optim.fused is None else optim.fused
+
+
+def make_optimizer(
+    config: OptimConfig, groups: list[dict[str, Any]], step: int, fused: bool = False
+) -> torch.optim.Optimizer:
     """AdamW or Nesterov SGD; every group keeps its base rate as "base_lr"."""
     rate = config.lr if step == 0 or config.later_lr is None else config.later_lr
     ready = []
@@ -48,8 +65,9 @@ def make_optimizer(config: OptimConfig, groups: list[dict[str, Any]], step: int)
         decay = group.get("weight_decay", config.weight_decay)
         ready.append({"params": group["params"], "lr": lr, "base_lr": lr, "weight_decay": decay})
     if config.name == "sgd":
-        return torch.optim.SGD(ready, momentum=config.momentum, nesterov=config.momentum > 0)
-    return torch.optim.AdamW(ready, betas=config.betas)
+        nesterov = config.momentum > 0
+        return torch.optim.SGD(ready, momentum=config.momentum, nesterov=nesterov, fused=fused or None)
+    return torch.optim.AdamW(ready, betas=config.betas, fused=fused or None)
 
 
 def rate_at(config: OptimConfig, base: float, iteration: int, total: int) -> float:
@@ -75,8 +93,25 @@ def fit(
     batches: an endless or long enough stream of micro-batches, `train.accumulate` of them per optimiser step.
     Raises NonFiniteLossError, naming the images of the batch; PluginError where the method breaks its interface.
     """
-    optimizer = make_optimizer(optim, check_groups(method, method.param_groups(ctx)), ctx.step.index)
-    module, optimizer = fabric.setup(ctx.model, optimizer)
+    with ExitStack() as stack:
+        models = [ctx.model, ctx.previous if method.uses_previous else None]
+        stack.enter_context(channels_last(models, train.channels_last))
+        stack.enter_context(compiled(models, train.compile))
+        return _fit(fabric, ctx, method, batches, optim, train, iterations, on_iteration)
+
+
+def _fit(
+    fabric: Fabric,
+    ctx: StepContext,
+    method: Method,
+    batches: Iterable[dict[str, Any]],
+    optim: OptimConfig,
+    train: TrainConfig,
+    iterations: int,
+    on_iteration: Callable[[], None],
+) -> dict[str, float]:
+    groups, fused = check_groups(method, method.param_groups(ctx)), use_fused(optim, train, fabric.device)
+    module, optimizer = fabric.setup(ctx.model, make_optimizer(optim, groups, ctx.step.index, fused))
     ctx.model.train()
     stream = iter(batches)
     tail: dict[str, list[Tensor]] = {}
@@ -85,12 +120,18 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = rate_at(optim, group["base_lr"], iteration, iterations)
         terms: dict[str, Tensor] = {}
+        checks = []
         for micro in range(train.accumulate):
             with fabric.no_backward_sync(module, enabled=micro < train.accumulate - 1):
-                found = forward(fabric, ctx, module, method, next(stream))
-                fabric.backward(torch.stack(list(found.values())).sum() / train.accumulate)
+                loaded = next(stream)
+                found = forward(fabric, ctx, module, method, loaded, train)
+                total = torch.stack(list(found.values())).sum() / train.accumulate
+                checks.append(FiniteCheck(total, found, loaded["names"]))
+                fabric.backward(total)
             for name, value in found.items():  # a pass may lack a term that another has
                 terms[name] = terms.get(name, 0) + value.detach() / train.accumulate
+        for check in checks:
+            check.answer(ctx, method)
         if optim.clip is not None:
             fabric.clip_gradients(module, optimizer, max_norm=optim.clip, error_if_nonfinite=False)
         optimizer.step()
@@ -99,38 +140,73 @@ def fit(
             for name, value in terms.items():
                 tail.setdefault(name, []).append(value)
         if iteration % train.log_every == 0 or iteration == iterations - 1:
-            _log(ctx, terms | {"lr": optimizer.param_groups[0]["lr"]})
+            _log(ctx, terms, optimizer.param_groups[0]["lr"])
         on_iteration()
     ctx.iteration = iterations
     return {name: float(torch.stack(values).mean()) for name, values in tail.items()}
 
 
-def _log(ctx: StepContext, values: dict[str, Any]) -> None:
-    for name, value in values.items():
-        ctx.log(name, float(value))
+def _log(ctx: StepContext, terms: dict[str, Tensor], rate: float) -> None:
+    """The terms, fetched from the device at once, and the rate."""
+    for name, value in zip(terms, torch.stack(list(terms.values())).tolist(), strict=True):
+        ctx.log(name, value)
+    ctx.log("lr", rate)
 
 
-def forward(fabric: Fabric, ctx: StepContext, module: Any, method: Method, loaded: dict[str, Any]) -> dict[str, Tensor]:
-    """One forward pass (and the previous model's, without gradients): the method's loss terms, checked.
+@contextmanager
+def channels_last(models: list[Segmenter | None], enabled: bool) -> Iterator[None]:
+    """Inside, weights of convolutions have their channels innermost in memory; their values are the same."""
+    kept = [model for model in models if model is not None and enabled]
+    for model in kept:
+        model.to(memory_format=torch.channels_last)
+    try:
+        yield
+    finally:
+        for model in kept:
+            model.to(memory_format=torch.contiguous_format)
+
+
+class FiniteCheck:
+    """Is a loss finite? Asked when it is made, answered before the optimiser's step: a GPU is not kept waiting between
+    the forward and the backward pass."""
+
+    def __init__(self, total: Tensor, terms: dict[str, Tensor], names: list[str]):
+        self.terms, self.names = terms, names
+        self.finite = total.detach().isfinite().to("cpu", non_blocking=True)
+        self.copied = torch.cuda.Event() if total.is_cuda else None
+        if self.copied:
+            self.copied.record()
+
+    def answer(self, ctx: StepContext, method: Method) -> None:
+        """Raises NonFiniteLossError, naming terms and images."""
+        if self.copied:
+            self.copied.synchronize()
+        if not self.finite:
+            values = ", ".join(f"{key} = {float(value.detach()):g}" for key, value in self.terms.items())
+            raise NonFiniteLossError(
+                f"The loss of {type(method).__name__} is not finite at step {ctx.step.index} ({values}). The batch "
+                f"held the images {', '.join(self.names)}. Lower optim.lr, set optim.clip, or look at these images."
+            )
+
+
+def forward(
+    fabric: Fabric, ctx: StepContext, module: Any, method: Method, loaded: dict[str, Any], train: TrainConfig
+) -> dict[str, Tensor]:
+    """One forward pass (and the previous model's, without gradients): the method's loss terms.
 
     The previous model runs under `no_grad`, in the eval mode that `freeze_copy` gave it. Not under `inference_mode`: a
     loss such as (new * old).sum() saves `old` for its backward pass, which torch refuses for an inference tensor.
     """
     images = loaded["images"]  # or, from `frozen.EncodedBatches`, on the device already, what the encoder made of them
     if isinstance(images, Tensor):
-        images = images.to(fabric.device, non_blocking=True)
+        layout = torch.channels_last if train.channels_last else torch.preserve_format
+        images = images.to(fabric.device, non_blocking=True, memory_format=layout)
     labels = loaded["labels"].to(fabric.device, non_blocking=True)
     previous = None
     if ctx.previous is not None and method.uses_previous:
-        with torch.no_grad(), fabric.autocast():
+        half = torch.autocast(fabric.device.type, torch.bfloat16)
+        with torch.no_grad(), half if train.teacher_precision == "bf16" else fabric.autocast():
             previous = ctx.previous(images)
     output = check_output(ctx.model, module(images, **ctx.model.training_inputs(labels)))
     seen = images if isinstance(images, Tensor) else None
-    terms = check_terms(method, method.loss(ctx, Batch(seen, labels, output, previous, list(loaded["names"]))))
-    if not torch.isfinite(sum(terms.values())):  # type: ignore[arg-type]
-        values = ", ".join(f"{key} = {float(value.detach()):g}" for key, value in terms.items())
-        raise NonFiniteLossError(
-            f"The loss of {type(method).__name__} is not finite at step {ctx.step.index} ({values}). The batch held "
-            f"the images {', '.join(loaded['names'])}. Lower optim.lr, set optim.clip, or look at these images."
-        )
-    return terms
+    return check_terms(method, method.loss(ctx, Batch(seen, labels, output, previous, list(loaded["names"]))))

@@ -66,6 +66,7 @@ ALONE = [
     "optim.warmup_ratio=0.1", "augment.crop=40", "augment.short_side=32", "augment.scale=[0.8, 1.2]",
     "augment.max_category_share=0.9", "augment.flip=0.0", "augment.photometric=true", "train.batch_size=8",
     "train.accumulate=2", "train.precision=bf16-mixed", "train.iterations=[5, 3]",
+    "train.compile=true", "train.channels_last=true", "train.teacher_precision=bf16", "optim.fused=true",
 ]  # fmt: skip
 SEVERAL = {
     "seed=1": {"seed", "model.initial"},

@@ -19,7 +19,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from cssbench.models.packed import Packed, key_mask, pad
+from cssbench.models.packed import Packed
+from cssbench.models.ragged_attention import key_mask, pad
 
 Fold = Literal["auto", "always", "never"]
 

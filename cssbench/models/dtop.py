@@ -140,6 +140,7 @@ def check_taps(backbone: Backbone, model: str) -> None:
         )
     if config.prefix_tokens != "drop":
         raise ModelError(f"Model {model!r} drops class and register tokens: set model.backbone.prefix_tokens = 'drop'.")
+    backbone.refuse_checkpointing(model)
     for block in backbone.blocks_at(backbone.grid(config.image_size, config.image_size)):
         check_block(block)
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from cssbench.config import Section
 from cssbench.models.backbone import Backbone, to_map
-from cssbench.models.packed import Attention, Packed, unpack, whole
+from cssbench.models.packed import Packed, unpack, whole
+from cssbench.models.ragged_attention import Attention
 
 Threshold = Annotated[float, Field(gt=0, le=1)]
 
@@ -40,7 +41,8 @@ class ExitOptions(Section):
                 never change with later steps. all: the heads of all steps; then old predictions may move.
     assembly    of the final map: `last`, class probabilities of the last heads for all tokens (public code), or `own`,
                 of the heads at which a token left (text). Only heads that put out masks and class probabilities differ.
-    attention   of images with different numbers of tokens: `loop` over images, `padded`, or `auto`: the loop on a CPU.
+    attention   of images with different numbers of tokens: `padded`, `loop` over images, `varlen` (one CUDA kernel, in
+                half precision), or `auto`: varlen where it can run, else the loop on a CPU and padded on a GPU.
     """
 
     p0: Threshold = 0.95

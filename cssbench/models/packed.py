@@ -11,15 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cssbench.errors import ModelError
-
-Attention = Literal["padded", "loop", "auto"]
+from cssbench.models.ragged_attention import Attention, attend, pad
 
 PLAIN = ("timm.models.vision_transformer.Block", "timm.layers.attention.Attention")
 PLACED = {
@@ -55,6 +54,11 @@ class Packed:
         return torch.arange(len(self.positions), device=self.positions.device) - self.offsets[self.image]
 
     @cached_property
+    def starts(self) -> Tensor:
+        """(B + 1,) int32: `offsets` as attention kernels take them."""
+        return self.offsets.to(torch.int32)
+
+    @cached_property
     def end(self) -> int:
         """Above every position (one synchronisation with the device, then kept)."""
         return int(self.positions.max()) + 1 if len(self.positions) else 0
@@ -62,7 +66,7 @@ class Packed:
     def with_tokens(self, tokens: Tensor) -> Packed:
         """The same layout with other contents, (T, any width)."""
         other = Packed(tokens, self.offsets, self.positions)
-        known = ("counts", "image", "slot", "end")
+        known = ("counts", "image", "slot", "starts", "end")
         other.__dict__.update({name: self.__dict__[name] for name in known if name in vars(self)})
         return other
 
@@ -159,11 +163,10 @@ def run_block(
     queries: some of `packed`'s tokens, at least one token of `packed` for each image that has a query. They alone query
              and go on, while all of `packed` are keys and values: Shrunk's query down-sampling, with the block's own
              weights. The residual is the un-normed query tokens. None: all tokens query.
-    attention: `padded` attends over one tensor padded to the longest image, with a key mask (none if all images are of
-             one length: then the result is the block's own); `loop` image by image, without padding: less work where
-             lengths differ much, more and smaller kernels; `auto` loops on a CPU where lengths differ, else pads.
+    attention: how tokens attend within each image, see `ragged_attention.attend`. With `padded` and images of one
+             length the result is the block's own.
     Stochastic depth drops an image's branch, not a token's, as in the block itself.
-    Raises ModelError for any other kind of block, and for tokens without a cell where the block needs one.
+    Raises ModelError for any other kind of block, for tokens without a cell where the block needs one, and as `attend`.
     """
     place = block if isinstance(block, PlacedBlock) else None
     known = check_block(block)
@@ -182,10 +185,7 @@ def run_block(
     groups = getattr(attn, "num_kv_groups", 1)
     k, v = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (k, v))
     dropout = attn.attn_drop.p if attn.training else 0.0
-    if attention == "auto":
-        attention = "loop" if not q.is_cuda and min(packed.counts) < max(packed.counts) else "padded"
-    attend = _attend_padded if attention == "padded" else _attend_loop
-    mixed = attend(q, k, v.to(q.dtype), out, packed, dropout, place).flatten(1)
+    mixed = attend(q, k, v.to(q.dtype), out, packed, attention, dropout, place).flatten(1)
     mixed = getattr(attn, "norm", nn.Identity())(mixed)
     gate = getattr(attn, "gate", None)  # not in older releases of timm
     if gate is not None:
@@ -240,58 +240,6 @@ def _project(attn: Any, queries: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor
     if hasattr(attn, "q_norm"):  # not in BEiT
         q, k = attn.q_norm(q), attn.k_norm(k)
     return q, k, v
-
-
-def _attend_loop(
-    q: Tensor, k: Tensor, v: Tensor, queries: Packed, keys: Packed, dropout: float, place: PlacedBlock | None
-) -> Tensor:
-    """(T_q, heads, D) -> same shape, image by image."""
-    parts = zip(
-        q.split(queries.counts), k.split(keys.counts), v.split(keys.counts),
-        queries.positions.split(queries.counts), keys.positions.split(keys.counts), strict=True,
-    )  # fmt: skip
-    mixed = [q[:0]]
-    for *part, rows, columns in parts:
-        if len(rows):
-            one, two, three = (x.transpose(0, 1)[None] for x in part)
-            bias = None
-            if place is not None and place.table is not None and place.index is not None:
-                bias = place.table[place.index[rows[:, None], columns]].permute(2, 0, 1)[None].to(q.dtype)
-            found = F.scaled_dot_product_attention(one, two, three, attn_mask=bias, dropout_p=dropout)
-            mixed.append(found[0].transpose(0, 1))
-    return torch.cat(mixed)
-
-
-def _attend_padded(
-    q: Tensor, k: Tensor, v: Tensor, queries: Packed, keys: Packed, dropout: float, place: PlacedBlock | None
-) -> Tensor:
-    """(T_q, heads, D) -> same shape, all images in one call."""
-    mask = None
-    if min(keys.counts) < max(keys.counts):
-        mask = key_mask(keys)
-        mask = (mask | ~mask.any(1, keepdim=True))[:, None, None]  # an empty image: no softmax over nothing
-    bias = None if place is None else place.bias(queries, keys)
-    if bias is not None:
-        mask = bias.to(q.dtype) if mask is None else bias.to(q.dtype).masked_fill(~mask, -torch.inf)
-    q, k, v = (pad(x, layout).transpose(1, 2) for x, layout in ((q, queries), (k, keys), (v, keys)))
-    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout).transpose(1, 2)
-    if min(queries.counts) == max(queries.counts):
-        return mixed.flatten(0, 1)
-    return mixed[queries.image, queries.slot]
-
-
-def key_mask(layout: Packed) -> Tensor:
-    """(B, largest n_b) bool: which places of a padded tensor hold a token."""
-    return torch.arange(max(layout.counts), device=layout.offsets.device) < layout.offsets.diff()[:, None]
-
-
-def pad(x: Tensor, layout: Packed) -> Tensor:
-    """(T, ...) -> (B, largest n_b, ...), zero behind each image's tokens."""
-    longest = max(layout.counts)
-    if min(layout.counts) == longest:
-        return x.unflatten(0, (len(layout.counts), longest))
-    padded = x.new_zeros(len(layout.counts), longest, *x.shape[1:])
-    return padded.index_put((layout.image, layout.slot), x)
 
 
 def _drop_path(drop_path: nn.Module, branch: Tensor, layout: Packed) -> Tensor:

@@ -51,6 +51,11 @@ class ResNetBackbone(nn.Module):
     def _stages(self) -> list[Any]:
         return [self.resnet.layer1, self.resnet.layer2, self.resnet.layer3, self.resnet.layer4]
 
+    @property
+    def compiled_parts(self) -> list[nn.Module]:
+        """See `Segmenter.compiled_parts`."""
+        return self._stages()
+
     def forward(self, images: Tensor) -> list[Tensor]:
         net = self.resnet
         x = net.maxpool(net.act1(net.bn1(net.conv1(images))))

@@ -206,6 +206,11 @@ class Segmenter(nn.Module):
             module.eval()
         return self
 
+    def compiled_parts(self) -> list[nn.Module]:
+        """What `train.compile` compiles: parts whose work is the same whatever the number of classes. Default: what the
+        encoder's modules list in an attribute of this name."""
+        return [part for module in self.encoder for part in getattr(module, "compiled_parts", [])]
+
     def old_parameters(self) -> list[nn.Parameter]:
         """Parameters that existed before the newest head."""
         new = {id(p) for p in self.new_parameters()}

@@ -20,6 +20,7 @@ from cssbench.models.atm import ATMConfig, ATMHead, ATMLayer, MaskPrediction, he
 from cssbench.models.backbone import BackboneConfig, to_map
 from cssbench.models.edges import EdgeConfig, EdgeHead, edge_loss, edge_truth, predicted_edges
 from cssbench.models.packed import Packed, check_block, pack, whole
+from cssbench.models.ragged_attention import Attention
 from cssbench.models.segmenter import Encoded, autograd_off
 from cssbench.models.segvit import MaskOutput, SegViT
 from cssbench.models.shrink import (
@@ -78,6 +79,9 @@ class Shrunk(SegViT):
         down_on: Literal["query", "all"] = "query"
         down_by: Literal["nearest", "conv"] = "nearest"
         edges: EdgeConfig | None = Field(None, description="EQD: tokens at edges are kept beside the 2x2 grid")
+        attention: Attention = Field(
+            "auto", description="of images with different numbers of tokens (EQD): see `ragged_attention.attend`"
+        )
         upsample: bool = Field(True, description="query-based up-sampling (QU); without it masks are of 1/32")
         upsample_layers: PositiveInt = Field(3, description="decoder layers of QU per tap")
         upsample_queries: QueryForm = Field(
@@ -119,6 +123,7 @@ class Shrunk(SegViT):
             )
         if config.down_layer >= depth:
             raise ModelError(f"model.down_layer is {config.down_layer}; expected 0 to {depth - 1}, a block of the ViT.")
+        self.backbone.refuse_checkpointing("shrunk")
         if config.backbone.prefix_tokens != "drop":
             raise ModelError("Model 'shrunk' drops class and register tokens: set model.backbone.prefix_tokens='drop'.")
         if config.edges and not config.upsample:
@@ -202,9 +207,10 @@ class Shrunk(SegViT):
             x = pack(tokens, self._goes_on(grid, logits, edges))
         else:
             x = whole(subsample(tokens, grid) if self.down is None else self.down(tokens, grid), sparse_cells(grid))
-        x = run(blocks[down], whole(tokens), x) if config.down_on == "query" else run(blocks[down], x)
+        choice = config.attention
+        x = run(blocks[down], whole(tokens), x, choice) if config.down_on == "query" else run(blocks[down], x)
         for block in blocks[down + 1 :]:
-            x = run(block, x, attention="auto")
+            x = run(block, x, attention=choice)
         return tokens, x, logits
 
     def extra_terms(
