@@ -73,10 +73,7 @@ def watched(made: Learner, clock: Clock) -> Iterator[None]:
     def leave(name: str) -> None:
         clock.seconds[name] += clock.now() - started.pop()
 
-    modules = [
-        ("encoder forward", made.ctx.model.backbone),
-        *(("heads forward", head) for head in made.ctx.model.heads),
-    ]
+    heads = [("heads forward", head) for head in made.ctx.model.heads]
     loss = made.method.loss
 
     def timed_loss(*arguments: Any) -> Any:
