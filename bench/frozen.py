@@ -50,9 +50,9 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def learner(fabric: Any, steps: tuple[Step, ...], number: int) -> Learner:
-    """SegViT-CL at step `number`."""
-    model: Segmenter = build_model("segvit", OPTIONS, "cpu")
+def learner(fabric: Any, steps: tuple[Step, ...], number: int, options: dict[str, Any] | None = None) -> Learner:
+    """SegViT-CL at step `number`. options: of the model; None: the ones above."""
+    model: Segmenter = build_model("segvit", options or OPTIONS, "cpu")
     for step in steps[: number + 1]:
         model.grow(step)
     model.to(fabric.device)

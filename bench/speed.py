@@ -1,8 +1,8 @@
 """What the speed measurements share: two things timed in turns, one row per claim, one table per machine.
 
 Each script measures what its first line says and is run as `python bench/SCRIPT.py [--device cuda] [--csv FILE]`;
-`make bench` runs them all. Times are medians in turns (`cssbench.profile.latency`), so that a slow minute of a shared
-machine falls on both; only ratios are claims.
+`make bench` runs them all (`bench/all.py`: a speed script is one that imports this file's `main`). Times are medians in
+turns (`cssbench.profile.latency`), so that a slow minute of a shared machine falls on both; only ratios are claims.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import csv
 import re
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -17,9 +18,10 @@ import torch
 from rows import Row, write_csv
 
 from cssbench.profile import latency, machine, usable_device
-from cssbench.provenance import code_state
+from cssbench.provenance import code_state, package_version
 
 RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "torchvision", "torchmetrics", "numpy", "pillow")
 Timed = tuple[str, float]  # what ran, and its seconds
 Run = tuple[str, Callable[[], object]]
 
@@ -50,26 +52,56 @@ def row(claim: str, goal: str, baseline: Timed, variant: Timed, device: str = "c
         "goal": goal,
         "met": "" if not goal else "yes" if (ratio >= bound if faster else ratio <= bound) else "no",
         "repeats": repeats,
+        **conditions(device),
+    }
+
+
+def conditions(device: str) -> Row:
+    """What a number depends on beside what was measured: the last columns of every table."""
+    known = {name: package_version(name) for name in PACKAGES}
+    return {
         "machine": machine(torch.device(device)),
-        "torch": torch.__version__,
+        "versions": ", ".join(f"{name} {version}" for name, version in known.items() if version),
         "commit": (code_state(Path(__file__).parent.parent / "cssbench")["commit"] or "")[:12],
     }
 
 
-def main(description: str | None, measure: Callable[[str], Iterable[Row]]) -> None:
-    """Command line of a script: prints the rows of `measure(device)` and writes them over those of the same claims."""
+def main(description: str | None, measure: Callable[[str], Iterable[Row]], kind: str = "") -> Path:
+    """Command line of a script: prints the rows of `measure(device)`, and writes them in place of those that the script
+    wrote before. Returns the file. Where it is a committed one, docs/speed.md follows.
+
+    kind: of a table with other columns than `row` makes, <hardware>-<kind>.csv.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--csv", type=Path, help="default: bench/results/<hardware>.csv")
+    parser.add_argument("--csv", type=Path, help="default: bench/results/<hardware>.csv, and the page docs/speed.md")
     arguments = parser.parse_args()
     device = usable_device(arguments.device)
     torch.manual_seed(0)
-    found = []
+    script, found = Path(sys.argv[0]).stem, []
     for made in measure(device):
-        print(f"{made['claim']}: {made['ratio']} (goal {made['goal'] or 'none'}; {made['baseline_ms']} and "
-              f"{made['variant_ms']} ms)", flush=True)  # fmt: skip
-        found.append(made)
-    merge(arguments.csv or results_file(device), found)
+        print(line(made), flush=True)
+        found.append({"script": script, **made})
+    path = of_kind(arguments.csv or results_file(device), kind)
+    merge(path, found)
+    if path.parent == RESULTS:
+        import page  # imports this file
+
+        page.update()
+    return path
+
+
+def line(made: Row) -> str:
+    """A row on the screen."""
+    if "claim" in made:
+        times = f"{made['baseline_ms']} and {made['variant_ms']} ms"
+        return f"{made['claim']}: {made['ratio']} (goal {made['goal'] or 'none'}; {times})"
+    return ", ".join(f"{name} {value}" for name, value in made.items() if name not in conditions("cpu") and value != "")
+
+
+def of_kind(path: Path, kind: str) -> Path:
+    """cpu.csv, "throughput" -> cpu-throughput.csv"""
+    return path.with_stem(f"{path.stem}-{kind}") if kind else path
 
 
 def results_file(device: str) -> Path:
@@ -77,11 +109,18 @@ def results_file(device: str) -> Path:
     return RESULTS / f"{re.sub('[^a-z0-9]+', '-', machine(torch.device(device)).lower()).strip('-')}.csv"
 
 
+def read_csv(path: Path) -> list[Row]:
+    """The rows of a table; none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def merge(path: Path, rows: list[Row]) -> None:
-    """Write rows to the table: in place of an older row of the same claim, baseline and variant, or at its end."""
-    kept: list[Row] = []
-    if path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            kept = list(csv.DictReader(file))
-    table = {(r["claim"], r["baseline"], r["variant"]): r for r in [*kept, *rows]}
-    write_csv(list(table.values()), path)
+    """Write rows to the table: in place of those of the same script, or at its end."""
+    old = read_csv(path)
+    scripts = {made["script"] for made in rows}
+    before = next((n for n, made in enumerate(old) if made["script"] in scripts), len(old))
+    first, last = ([made for made in part if made["script"] not in scripts] for part in (old[:before], old[before:]))
+    write_csv([*first, *rows, *last], path)
