@@ -139,8 +139,8 @@ def test_the_committed_page_agrees_with_the_committed_tables(bench: Any):
     assert not pictured or (page.PAGE.parent / "speed" / "iteration.png").exists()
 
 
-TINY = {"backbone": {"name": "vit_tiny_patch16_384", "image_size": 32, "depth": 1, "width": 24, "heads": 1, "layers": [1]},
-        "head": {"heads": 1, "layers": 1}}  # fmt: skip
+VIT = {"name": "vit_tiny_patch16_384", "image_size": 32, "depth": 1, "width": 24, "heads": 1, "layers": [1]}
+TINY = {"backbone": VIT, "head": {"heads": 1, "layers": 1}}
 
 
 def test_throughput_doubles_the_batch_until_memory_is_full(
@@ -197,7 +197,7 @@ def test_data_wait_is_the_loaders_share(bench: Any, monkeypatch: pytest.MonkeyPa
 
 
 def test_an_iteration_is_the_sum_of_its_parts(bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """By a clock that ticks once a look: no part is missed, and a frozen or stored encoder is absent where it must be."""
+    """By a clock that ticks once a look: no part is missed, a frozen or stored encoder is absent where it must be."""
     profile = bench("iteration_profile")
     looks = iter(range(10**6))
     monkeypatch.setattr(profile.Clock, "now", staticmethod(lambda: float(next(looks))))
