@@ -34,7 +34,7 @@ from cssbench.scenario import Scenario
 from cssbench.trainer import forward, make_fabric
 
 PICTURE = RESULTS.parents[1] / "docs" / "speed" / "iteration.png"
-REPEATS, IMAGES, WORKERS = 5, 24, {"cpu": 0, "cuda": 4}
+REPEATS, IMAGES, WORKERS = 3, 24, {"cpu": 0, "cuda": 4}
 PARTS = {  # and colours: Okabe & Ito 2008
     "data": "#E69F00",
     "encoder forward": "#0072B2",
