@@ -44,6 +44,7 @@ PARTS = {  # and colours: Okabe & Ito 2008
     "optimiser": "#CC79A7",
     "other": "#9AA0A6",
 }
+DARK = {"encoder forward", "backward"}
 
 
 class Clock:
@@ -179,7 +180,9 @@ def draw_panel(panel: Any, rows: Sequence[Row]) -> None:
         panel.barh(names, widths, left=list(ends.values()), color=colour, label=part, edgecolor="white", linewidth=0.6)
         for place, (name, width) in enumerate(zip(names, widths, strict=True)):
             if width > 0.06 * longest:
-                panel.text(ends[name] + width / 2, place, in_seconds(width), ha="center", va="center", fontsize=9)
+                ink = "white" if part in DARK else "black"
+                middle = ends[name] + width / 2
+                panel.text(middle, place, in_seconds(width), ha="center", va="center", fontsize=9, color=ink)
             ends[name] += width
     whole = ends[names[0]]
     for place, name in enumerate(names):
