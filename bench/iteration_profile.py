@@ -31,7 +31,7 @@ from cssbench.features import FeatureStore
 from cssbench.frozen import EncodedBatches, StoredViews
 from cssbench.profile import cut_steps
 from cssbench.scenario import Scenario
-from cssbench.trainer import forward, make_fabric
+from cssbench.trainer import make_fabric
 
 PICTURE = RESULTS.parents[1] / "docs" / "speed" / "iteration.png"
 REPEATS, IMAGES, WORKERS = 3, 24, {"cpu": 0, "cuda": 4}
@@ -96,14 +96,12 @@ def iteration(made: Learner, stream: Iterator[dict[str, Any]]) -> dict[str, floa
     start = clock.now()
     with clock.part("data"):
         loaded = next(stream)
-    made.ctx.model.train()
     with watched(made, clock):
-        terms = forward(made.fabric, made.ctx, made.module, made.method, loaded)
+        total, check = made.forward(loaded)
     with clock.part("backward"):
-        made.fabric.backward(torch.stack(list(terms.values())).sum())
+        made.fabric.backward(total)
     with clock.part("optimiser"):
-        made.optimizer.step()
-        made.optimizer.zero_grad(set_to_none=True)
+        made.step(check)
     whole = clock.now() - start
     return clock.seconds | {"other": whole - sum(clock.seconds.values())}
 

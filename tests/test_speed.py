@@ -66,7 +66,7 @@ def test_a_script_writes_what_it_measured_under_its_name(
     written = speed.main("", lambda device: [speed.row("fast enough", ">= 2", ("a", 1.0), ("b", 0.1), device)])
     assert written == tmp_path / "out.csv"
     assert [(row["script"], row["ratio"]) for row in speed.read_csv(written)] == [("mine", "10")]
-    assert "fast enough: 10 (goal >= 2; 1000 and 100 ms)" in capsys.readouterr().out
+    assert "fast enough: b against a: 10 (goal >= 2; 1000 and 100 ms)" in capsys.readouterr().out
     assert speed.main("", lambda device: [{"model": "m"}], "kind") == tmp_path / "out-kind.csv"
     assert (ROOT / "docs" / "speed.md").read_text(encoding="utf-8") == page
 
@@ -103,7 +103,7 @@ def test_the_summary_counts_goals(bench: Any):
     rows = [row("one", "<= 1", ("a", 2.0), ("b", 1.0)), row("two", "<= 1", ("a", 1.0), ("b", 2.0)),
             row("three", "", ("a", 1.0), ("b", 2.0))]  # fmt: skip
     lines = bench("all").summary(rows, ["four"]).splitlines()
-    assert [line.split()[:2] for line in lines[:3]] == [["met", "one:"], ["SHORT", "two:"], ["three:", "2"]]
+    assert [line.split()[:2] for line in lines[:3]] == [["met", "one:"], ["SHORT", "two:"], ["three:", "b"]]
     assert lines[3:] == ["1 of 2 goals met", "failed: four"]
 
 
