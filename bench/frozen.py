@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from speed import Row, compare, main
+from torch import Tensor
 
 from cssbench import registry
 from cssbench.config import OptimConfig, TrainConfig
@@ -26,7 +27,7 @@ from cssbench.method import Method, StepContext
 from cssbench.models.segmenter import Segmenter
 from cssbench.profile import build_model, cut_steps
 from cssbench.scenario import Scenario, Step
-from cssbench.trainer import forward, make_fabric, make_optimizer
+from cssbench.trainer import FiniteCheck, forward, make_fabric, make_optimizer, use_fused
 
 SIZE, BATCH = 512, 2
 OPTIONS = {"backbone": {"name": "vit_base_patch16_384", "image_size": SIZE}}
@@ -34,7 +35,7 @@ OPTIONS = {"backbone": {"name": "vit_base_patch16_384", "image_size": SIZE}}
 
 @dataclass
 class Learner:
-    """A model at one step, and its iteration."""
+    """A model at one step, and its iteration, in the trainer's parts and order."""
 
     fabric: Any
     ctx: StepContext
@@ -43,9 +44,20 @@ class Learner:
     optimizer: Any
 
     def iteration(self, batch: dict[str, Any]) -> None:
+        total, check = self.forward(batch)
+        self.fabric.backward(total)
+        self.step(check)
+
+    def forward(self, batch: dict[str, Any]) -> tuple[Tensor, FiniteCheck]:
+        """The loss, and whether it is finite."""
         self.ctx.model.train()
-        terms = forward(self.fabric, self.ctx, self.module, self.method, batch)
-        self.fabric.backward(torch.stack(list(terms.values())).sum())
+        terms = forward(self.fabric, self.ctx, self.module, self.method, batch, TrainConfig(iterations=1))
+        total = torch.stack(list(terms.values())).sum()
+        return total, FiniteCheck(total, terms, batch["names"])
+
+    def step(self, check: FiniteCheck) -> None:
+        """The optimiser's."""
+        check.answer(self.ctx, self.method)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -62,7 +74,8 @@ def learner(fabric: Any, steps: tuple[Step, ...], number: int, options: dict[str
         Scenario("bench", "none", groups=groups), steps[number], model, None, [], None, fabric.device, (2,), {}, print
     )
     method.start_step(ctx)
-    optimizer = make_optimizer(OptimConfig(), method.param_groups(ctx), number)
+    fused = use_fused(OptimConfig(), TrainConfig(iterations=1), fabric.device)
+    optimizer = make_optimizer(OptimConfig(), method.param_groups(ctx), number, fused)
     module, optimizer = fabric.setup(model, optimizer)
     return Learner(fabric, ctx, method, module, optimizer)
 

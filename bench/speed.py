@@ -95,7 +95,8 @@ def line(made: Row) -> str:
     """A row on the screen."""
     if "claim" in made:
         times = f"{made['baseline_ms']} and {made['variant_ms']} ms"
-        return f"{made['claim']}: {made['ratio']} (goal {made['goal'] or 'none'}; {times})"
+        what = f"{made['claim']}: {made['variant']} against {made['baseline']}"
+        return f"{what}: {made['ratio']} (goal {made['goal'] or 'none'}; {times})"
     return ", ".join(f"{name} {value}" for name, value in made.items() if name not in conditions("cpu") and value != "")
 
 
