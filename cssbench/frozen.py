@@ -22,7 +22,7 @@ from torch import Tensor
 from cssbench.base_facts import weights_digest
 from cssbench.data.base import look_up
 from cssbench.data.step_dataset import Key, StepDataset, make_loader
-from cssbench.errors import ConfigError
+from cssbench.errors import ConfigError, CssbenchError
 from cssbench.evaluate import EvaluationDataset, model_inputs
 from cssbench.experiment import Experiment
 from cssbench.features import FeatureStore, encoder_digest, key_of, raw_bytes, read_tensors, store_folder
@@ -51,7 +51,7 @@ def training_batches(
     complete once the context is left."""
     config, workers = made.config.cache, made.config.data.workers
     numbers: dict[str, Any] = {}
-    reason = why_live(made, ctx) if config.features and ctx.step.index else ""
+    reason = why_live(made, ctx, data) if config.features and ctx.step.index else ""
     if reason is None:
         with open_store(made) as store:
             dtype = DTYPES[config.dtype]
@@ -68,12 +68,16 @@ def training_batches(
         yield make_loader(data, stream, workers), numbers
 
 
-def why_live(made: Experiment, ctx: StepContext) -> str | None:
+def why_live(made: Experiment, ctx: StepContext, data: StepDataset) -> str | None:
     """Why a step cannot learn from stored features, in words; None: it can."""
     if not ctx.model.encoder_frozen:
         return f"method {made.config.method.name!r} trains the encoder"
     if ctx.previous is not None and made.method.uses_previous and not same_encoder(ctx.model, ctx.previous):
         return "the previous model has another encoder"
+    try:
+        data.source.version(data.split, data.stems[0])
+    except (OSError, CssbenchError):
+        return f"dataset {data.source.name!r} has no file for each image; it may define `version` instead"
     return None
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cssbench import task_loop
 from cssbench.api import Batch, Method, StepContext
+from cssbench.data.base import SegDataset
 from cssbench.data.step_dataset import BatchStream, StepDataset
 from cssbench.errors import ConfigError
 from cssbench.features import FeatureStore
@@ -109,6 +110,18 @@ def test_a_method_that_trains_the_encoder_goes_on_without(tmp_path: Path, capsys
     assert "cache" not in tried.records()[1].content
     assert "cache.features is of no use here: method 'finetune' trains the encoder" in capsys.readouterr().err
     assert not (tmp_path / "store").exists()
+
+
+def test_images_without_files_are_encoded_live(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    def version(self: SegDataset, split: str, stem: str) -> tuple[Any, ...]:
+        raise FileNotFoundError(stem)
+
+    content = recipe(tmp_path)
+    live = start(content, tmp_path / "live", VIEWS)
+    monkeypatch.setattr(SegDataset, "version", version)
+    tried = start(content, tmp_path / "tried", *cached(tmp_path))
+    assert "no file for each image" in capsys.readouterr().err
+    assert largest_change(live, tried) == 0
 
 
 def test_what_cannot_be_kept_is_refused_before_anything_is_written(tmp_path: Path):
