@@ -52,7 +52,7 @@ class Dot(Segmenter):
 
 
 def bare(model: Segmenter, batches: list[dict[str, Any]], train: TrainConfig, device: str) -> None:
-    optimizer = make_optimizer(OPTIM, model.param_groups(), 0, use_fused(OPTIM, train, torch.device(device)))
+    optimizer = make_optimizer(OPTIM, model.param_groups(), 0, use_fused(OPTIM, train))
     model.train()
     for loaded in batches:
         images, labels = (loaded[name].to(device, non_blocking=True) for name in ("images", "labels"))

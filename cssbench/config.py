@@ -134,7 +134,7 @@ class OptimConfig(Section):
     warmup: int = Field(0, ge=0, description="iterations of linear warm-up")
     warmup_ratio: float = Field(1e-6, gt=0, le=1)
     fused: bool | None = Field(
-        None, description="one kernel for many parameters, equal up to rounding; None: on a GPU, unless 16-mixed clips"
+        None, description="one kernel for many parameters, equal up to rounding; None: unless 16-mixed clips"
     )
 
 

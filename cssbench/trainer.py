@@ -42,7 +42,7 @@ def micro_batch(config: TrainConfig, world: int) -> int:
     return config.batch_size // parts
 
 
-def use_fused(optim: OptimConfig, train: TrainConfig, device: torch.device) -> bool:
+def use_fused(optim: OptimConfig, train: TrainConfig) -> bool:
     """`optim.fused`, decided. Raises ConfigError where it is asked for with clipping in float16: a fused step takes the
     loss scale out by itself, too late to clip."""
     unscales = train.precision == "16-mixed" and optim.clip is not None
@@ -51,7 +51,7 @@ def use_fused(optim: OptimConfig, train: TrainConfig, device: torch.device) -> b
             "optim.fused = true cannot clip gradients with train.precision = '16-mixed'. Leave optim.fused out, set "
             "optim.clip = 'none', or train.precision = 'bf16-mixed'."
         )
-    return device.type == "cuda" and not unscales if optim.fused is None else optim.fused
+    return not unscales if optim.fused is None else optim.fused
 
 
 def make_optimizer(
@@ -110,7 +110,7 @@ def _fit(
     iterations: int,
     on_iteration: Callable[[], None],
 ) -> dict[str, float]:
-    groups, fused = check_groups(method, method.param_groups(ctx)), use_fused(optim, train, fabric.device)
+    groups, fused = check_groups(method, method.param_groups(ctx)), use_fused(optim, train)
     module, optimizer = fabric.setup(ctx.model, make_optimizer(optim, groups, ctx.step.index, fused))
     ctx.model.train()
     stream = iter(batches)
