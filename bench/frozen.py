@@ -74,7 +74,7 @@ def learner(fabric: Any, steps: tuple[Step, ...], number: int, options: dict[str
         Scenario("bench", "none", groups=groups), steps[number], model, None, [], None, fabric.device, (2,), {}, print
     )
     method.start_step(ctx)
-    fused = use_fused(OptimConfig(), TrainConfig(iterations=1), fabric.device)
+    fused = use_fused(OptimConfig(), TrainConfig(iterations=1))
     optimizer = make_optimizer(OptimConfig(), method.param_groups(ctx), number, fused)
     module, optimizer = fabric.setup(model, optimizer)
     return Learner(fabric, ctx, method, module, optimizer)
