@@ -1,8 +1,9 @@
 """Data: label mapping, the presence index, each stage of the augmentation, stored images, loader processes.
 
 Scenes are generated at 512 x 683 with 150 classes, as JPEG with grain, in ADE20K's layout. Stages are told as their
-share of the whole of one training sample. What one GPU needs is not measured here: ViT-B at 512 costs about 0.64 TFLOP
-per image (forward and backward), so 200 to 600 images/s at 40 % of 300 to 1000 TFLOP/s.
+share of the whole of one training sample. All with one thread, as in a loader process. What one GPU needs is not
+measured here: ViT-B at 512 costs about 0.64 TFLOP per image (forward and backward), so 200 to 600 images/s at 40 % of
+300 to 1000 TFLOP/s.
 """
 
 from __future__ import annotations

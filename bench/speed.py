@@ -78,11 +78,11 @@ def main(description: str | None, measure: Callable[[str], Iterable[Row]], kind:
     arguments = parser.parse_args()
     device = usable_device(arguments.device)
     torch.manual_seed(0)
+    path = of_kind(arguments.csv or results_file(device), kind)  # before a script changes the number of threads
     script, found = Path(sys.argv[0]).stem, []
     for made in measure(device):
         print(line(made), flush=True)
         found.append({"script": script, **made})
-    path = of_kind(arguments.csv or results_file(device), kind)
     merge(path, found)
     if path.parent == RESULTS:
         import page  # imports this file
