@@ -45,7 +45,7 @@ def write(modes: dict[str, Sequence[Any]], title: str, out_dir: Path) -> list[Pa
 
 
 def draw(steps: Sequence[Any], title: str, theme: Theme) -> Figure:
-    """Three panels: pixels and images of each class at the step that introduces it; what the pixels of each step are."""
+    """Three panels: pixels and images of each class at the step that introduces it; what the pixels of a step are."""
     new = [row for step in steps for row in step.rows if row.kind == "new"]
     figure = Figure(figsize=(min(14.0, max(7.2, 2.5 + 0.16 * len(new))), 8.2), layout="constrained")
     figure.suptitle(legible(title, 100), color=theme.ink, fontsize=10)
@@ -55,8 +55,8 @@ def draw(steps: Sequence[Any], title: str, theme: Theme) -> Figure:
         for step in steps:
             mine = [place for place in places if new[place].step == step.step]
             axes.bar(
-                [1 + place for place in mine], [getattr(new[place], what) for place in mine], width=0.8, color=COLOURS[step.step % 7],
-                hatch=HATCHES[step.step // 7 % len(HATCHES)], edgecolor=theme.page, linewidth=0.3,
+                [1 + place for place in mine], [getattr(new[place], what) for place in mine], width=0.8,
+                color=COLOURS[step.step % 7], hatch=HATCHES[step.step // 7 % len(HATCHES)], edgecolor=theme.page, linewidth=0.3,
             )  # fmt: skip
         dress(axes, theme, f"{what} of each class at the step that introduces it (colour: step)", "")
         axes.set_ylabel(what, color=theme.ink)

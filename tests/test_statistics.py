@@ -94,7 +94,7 @@ def test_the_command_writes_a_table_and_a_picture_of_every_mode(command, root: P
     )
     with Image.open(tmp_path / "out" / "frequencies.overlapped.png") as picture:
         assert min(picture.size) > 500
-    rows = list(csv.DictReader((tmp_path / "out" / "frequencies.csv").open(encoding="utf-8")))
+    rows = list(csv.DictReader((tmp_path / "out" / "frequencies.csv").read_text(encoding="utf-8").splitlines()))
     (car,) = [r for r in rows if (r["mode"], r["step"], r["name"]) == ("overlapped", "1", "car")]
     assert (car["class_id"], car["learned"], car["images"], car["pixels"]) == ("3", "1", "2", "12")
     assert float(car["share"]) == 0.75

@@ -36,10 +36,12 @@ def official(name: str) -> tuple[type[SegDataset], Archive]:
 
 
 def fetch(name: str, root: Path, url: str | None = None, sha256: str | None = None, keep: bool = False) -> Path:
-    """Bring the official data of dataset `name` to `root`; the folder it lies in now, which appears whole or not at all.
+    """Bring the official data of dataset `name` to `root`: the folder it lies in now, which appears whole or not at
+    all.
 
-    url: a mirror. sha256: hex digest that the archive must have, instead of the size and digests published. keep: leave the archive beside the data. An archive
-    that lies in `root` already, or a part of one, is used; either is checked. A folder that is there is left alone.
+    url: a mirror. sha256: hex digest that the archive must have, instead of the size and digests published. keep: leave
+    the archive beside the data. An archive that lies in `root` already, or a part of one, is used; either is checked.
+    A folder that is there is left alone.
     Raises ConfigError, DataError.
     """
     cls, archive = official(name)
@@ -65,10 +67,11 @@ def fetch(name: str, root: Path, url: str | None = None, sha256: str | None = No
             )
         found = check(file, archive.size, archive.digests)
         if "sha256" not in archive.digests:
-            known = " and ".join(name.upper() for name in sorted(archive.digests)) or "size and the CRCs of its members"
+            known = ", ".join(["size"] * bool(archive.size) + [name.upper() for name in sorted(archive.digests)])
             say(
-                f"No SHA-256 is published for this archive: its {known} were checked. Its SHA-256 is {found['sha256']}; "
-                f"it stands in {RECORD}: give it as --sha256 wherever the same data are wanted."
+                f"No SHA-256 is published for this archive; checked: {known or 'nothing'}, then the CRCs of its members. "
+                f"Its SHA-256 is {found['sha256']}. It stands in {RECORD}: give it as --sha256 wherever the same data "
+                f"are wanted."
             )
         _unpack(cls, archive, file, folder, _record(archive, url, file, found))
     finally:

@@ -60,7 +60,10 @@ class StepFrequencies:
 
 
 def count_pixels(dataset: SegDataset, split: str = "train", progress: bool = True) -> np.ndarray:
-    """(n, 256) int64: pixels of each class id in each label map of a split, in the order of `stems`. Raises DataError."""
+    """(n, 256) int64: pixels of each class id in each label map of a split, in the order of `stems`.
+
+    Raises DataError at an unreadable or out-of-range label map.
+    """
     stems = dataset.stems(split)
     rows = parallel_map(partial(_counts, dataset, split), stems, f"Counting {split} labels", progress=progress)
     return np.stack(rows)
