@@ -41,6 +41,7 @@ from cssbench.config import RunConfig, validate
 from cssbench.errors import RunError
 
 SCHEMA = 1
+LONGEST = 150  # characters of an image's name that go into file names unchanged
 RUN_FILES = ("config.toml", "provenance.json", "scenario.json")
 
 
@@ -54,9 +55,11 @@ def safe_name(name: str) -> str:
 def image_name(stem: str) -> str:
     """The file name for the image `stem`: itself where that is safe, else its letters and part of its SHA-256."""
     try:
-        return safe_name(stem)
+        if len(stem) <= LONGEST:
+            return safe_name(stem)
     except RunError:
-        return f"{re.sub('[^A-Za-z0-9]+', '_', stem)[:80]}-{hashlib.sha256(stem.encode()).hexdigest()[:8]}"
+        pass
+    return f"{re.sub('[^A-Za-z0-9]+', '_', stem)[:80]}-{hashlib.sha256(stem.encode()).hexdigest()[:8]}"
 
 
 @contextmanager
@@ -97,7 +100,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError:
         raise RunError(f"{path} is missing: {path.parent} is not a complete run folder.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RunError(f"{path} is damaged ({error}).") from None
 
 
@@ -211,7 +214,7 @@ class RunFolder:
             content = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
         except OSError:
             raise RunError(f"{path} is not a run folder: it has no config.toml. `cssbench run` makes one.") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise RunError(f"{path / 'config.toml'} is damaged ({error}).") from None
         provenance, scenario = read_json(path / "provenance.json"), read_json(path / "scenario.json")
         # The schema first: a folder of another version may hold other keys, and is not damaged for that.

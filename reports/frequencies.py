@@ -56,7 +56,8 @@ def draw(steps: Sequence[Any], title: str, theme: Theme) -> Figure:
             mine = [place for place in places if new[place].step == step.step]
             axes.bar(
                 [1 + place for place in mine], [getattr(new[place], what) for place in mine], width=0.8,
-                color=COLOURS[step.step % 7], hatch=HATCHES[step.step // 7 % len(HATCHES)], edgecolor=theme.page, linewidth=0.3,
+                color=COLOURS[step.step % 7], hatch=HATCHES[step.step // 7 % len(HATCHES)], edgecolor=theme.page,
+                linewidth=0.3,
             )  # fmt: skip
         dress(axes, theme, f"{what} of each class at the step that introduces it (colour: step)", "")
         axes.set_ylabel(what, color=theme.ink)

@@ -175,7 +175,7 @@ def read(path: Traversable) -> Published:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}. Name a YAML file of rows.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise DataError(f"{path} is not valid YAML: {' '.join(str(error).split())}. Mend that line.") from None
     known = {"defaults", *SECTIONS}
     if not isinstance(content, dict) or not known > set(content) - {"defaults"} > set():

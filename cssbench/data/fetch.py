@@ -68,8 +68,9 @@ def fetch(name: str, root: Path, url: str | None = None, sha256: str | None = No
         found = check(file, archive.size, archive.digests)
         if "sha256" not in archive.digests:
             known = ", ".join(["size"] * bool(archive.size) + [name.upper() for name in sorted(archive.digests)])
+            known = known or "nothing"
             say(
-                f"No SHA-256 is published for this archive; checked: {known or 'nothing'}, then the CRCs of its members. "
+                f"No SHA-256 is published for this archive; checked: {known}, then the CRCs of its members. "
                 f"Its SHA-256 is {found['sha256']}. It stands in {RECORD}: give it as --sha256 wherever the same data "
                 f"are wanted."
             )
