@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cssbench import registry
-from cssbench.errors import ConfigError, UnknownNameError
+from cssbench.errors import ConfigError, UnknownNameError, fault
 
 KEPT = ("pretrained", "checkpoint", "mean", "std", "drop_path")  # of an encoder, when its model is exchanged
 PARTS = ("method", "model")  # sections whose options belong to the part they name
@@ -165,7 +165,7 @@ def _read_file(group: str, name: str, folder: Path) -> tuple[Path, dict[str, Any
     except OSError as error:
         raise UnknownNameError(f"{kind} file", str(path), registry.toml_files(group)) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{kind.capitalize()} {str(path)!r} is not valid TOML: {error}.") from None
+        raise ConfigError(f"{kind.capitalize()} {str(path)!r} is not valid TOML: {fault(error)}.") from None
 
 
 def extend(base: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:

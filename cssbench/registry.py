@@ -23,7 +23,7 @@ from importlib.util import find_spec
 from pathlib import PurePath
 from typing import Any, Generic, TypeVar
 
-from cssbench.errors import PluginError, UnknownNameError
+from cssbench.errors import PluginError, UnknownNameError, fault
 
 T = TypeVar("T")
 
@@ -323,6 +323,6 @@ def read_toml(group: str, name: str) -> dict[str, Any]:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise PluginError(
-            f"The {group.removesuffix('s')} {name!r} of the distribution {distribution!r} is not valid TOML: {error}. "
-            f"{remedy(distribution, 'Mend that file')}"
+            f"The {group.removesuffix('s')} {name!r} of the distribution {distribution!r} is not valid TOML: "
+            f"{fault(error)}. {remedy(distribution, 'Mend that file')}"
         ) from None

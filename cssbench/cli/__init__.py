@@ -43,10 +43,10 @@ def options(
         raise typer.Exit
 
 
-def main() -> None:
-    """Entry point of the `cssbench` script."""
+def main(words: list[str] | None = None) -> None:
+    """Entry point of the `cssbench` script. words: in place of those of the process."""
     try:
-        app()
+        app(words)
     except CssbenchError as error:
         Console(stderr=True).print(f"[bold red]Error:[/bold red] {_plain(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(2)

@@ -60,7 +60,7 @@ def verify(root: Root, dataset: Dataset = None, option: DataOption = None) -> No
             typer.echo(f"The official {source.name} has {expected} {split} images, here are {counted.get(split, 0)}.")
     if problems:
         raise DataError(
-            f"The data root {root} is not whole: {len(problems)} faults, listed above. Fetch those files again, or "
+            f"The data root {root} is not whole: {len(problems)} fault{'s' * (len(problems) > 1)}, listed above. Fetch those files again, or "
             f"remove image and label map together."
         )
 

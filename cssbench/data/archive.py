@@ -142,7 +142,8 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile | tarfile.TarFile]:
         raise DataError(f"{path} cannot be unpacked: {error.strerror or error}.") from error
     except DAMAGED as error:
         raise DataError(
-            f"{path} is damaged, or neither a zip nor a tar archive ({error}). Remove it and fetch it again."
+            f"{path} is damaged, or neither a zip nor a tar archive ({str(error).partition(': ')[0]}). Remove it and "
+            f"fetch it again."
         ) from error
 
 

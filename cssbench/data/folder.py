@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from cssbench.config import explain_validation
 from cssbench.data.base import SegDataset, distinct_colours
-from cssbench.errors import DataError
+from cssbench.errors import DataError, fault
 from cssbench.scenario import MAX_CLASSES
 
 EXAMPLE = """\
@@ -122,7 +122,7 @@ def _read(path: Path) -> FolderSpec:
             f"root, for instance:\n{EXAMPLE}"
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise DataError(f"{path} is not valid TOML: {error}. Mend that line.") from None
+        raise DataError(f"{path} is not valid TOML: {fault(error)}. Mend that line.") from None
     except ValidationError as error:
         raise DataError(explain_validation(str(path), error, FolderSpec)) from None
 
