@@ -50,7 +50,9 @@ class Part:
             # what a stranger's import prints is no output of ours
             with nullcontext() if self.distribution == OWN else redirect_stdout(sys.stderr):
                 return self.entry_point.load()
-        except (Exception, SystemExit) as error:  # a stranger's import may raise anything
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a stranger's import may raise anything, and call sys.exit
             raise PluginError(
                 f"The {self} cannot be imported from {self.entry_point.value!r}: {describe(error)}. "
                 f"{remedy(self.distribution, 'Mend that module')}"

@@ -59,9 +59,10 @@ def verify(root: Root, dataset: Dataset = None, option: DataOption = None) -> No
         if counted.get(split, 0) != expected:
             typer.echo(f"The official {source.name} has {expected} {split} images, here are {counted.get(split, 0)}.")
     if problems:
+        count = "1 fault" if len(problems) == 1 else f"{len(problems)} faults"
         raise DataError(
-            f"The data root {root} is not whole: {len(problems)} fault{'s' * (len(problems) > 1)}, listed above. Fetch those files again, or "
-            f"remove image and label map together."
+            f"The data root {root} is not whole: {count}, listed above. Fetch those files again, or remove image and "
+            f"label map together."
         )
 
 
