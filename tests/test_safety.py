@@ -1,17 +1,19 @@
-"""What strangers bring is named and skipped, never run by `cssbench list`; no name of theirs becomes a path unchecked."""
+"""What strangers bring is named and skipped, never run by `cssbench list`; none of their names becomes a path."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tomli_w
 from fabricated import fabricate
 from PIL import Image
 from strangers import Command, Install, package
 
-from cssbench import registry
+from cssbench import profile, registry
 from cssbench.data import presence, stored
 from cssbench.data.base import SegDataset
 from cssbench.data.folder import Folder
@@ -49,6 +51,13 @@ def test_a_broken_plug_in_is_named_and_skipped(install: Install, command: Comman
     assert "pip uninstall harm-pack" in err
 
 
+@pytest.fixture
+def _cheap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our own models are not counted, which takes long."""
+    monkeypatch.setattr(profile, "typical_cost", lambda name: (10**6, 1.0))
+
+
+@pytest.mark.usefixtures("_cheap")
 @pytest.mark.parametrize("group", NOT_IMPORTED)
 def test_list_imports_no_method_model_data_set_or_report(
     install: Install, command: Command, tmp_path: Path, group: str
@@ -64,6 +73,7 @@ def test_list_imports_no_method_model_data_set_or_report(
     assert mark.exists()
 
 
+@pytest.mark.usefixtures("_cheap")
 def test_list_builds_no_model_of_a_stranger_through_a_preset(install: Install, command: Command, tmp_path: Path):
     mark = tmp_path / "mark"
     preset = 'name = "theirs"\n'
@@ -85,12 +95,18 @@ def test_what_an_import_prints_is_no_output_of_ours(install: Install, command: C
     assert "json" in err
 
 
+SUBCLASS = """
+class Mine(Protocol):
+    @property
+    def id(self): raise RuntimeError('run')
+mine = Mine(**vars(BUILT_IN[0]))
+"""
 ODD_PROTOCOLS = {
-    "a subclass": "class Mine(Protocol):\n    @property\n    def id(self): raise RuntimeError('run')\nmine = Mine(**vars(BUILT_IN[0]))",
+    "a subclass": SUBCLASS,
     "a name that is none": "mine = replace(BUILT_IN[0], name=3)",
     "a summary that is none": "mine = replace(BUILT_IN[0], name='mine', summary=['x'])",
     "a version that is none": "mine = replace(BUILT_IN[0], name='mine', version='1')",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", ODD_PROTOCOLS)
@@ -165,3 +181,26 @@ def test_file_names_in_a_record_never_leave_the_step(tmp_path: Path, name: str):
     again = RunFolder.read(tmp_path / "run")
     with pytest.raises(RunError, match="cannot be used as a file name"):
         again.verify(again.records()[1])
+
+
+# --- words that would be commands to the terminal ----------------------------------------------------------------
+
+ESCAPES = "\x1b[2J\x1b]0;title\x07 \r evil [bold]"
+
+
+def test_control_characters_of_strangers_reach_no_terminal(command: Command, tmp_path: Path):
+    run = fabricate(tmp_path / "run")
+    path = run.path / "scenario.json"
+    scene = json.loads(path.read_text(encoding="utf-8"))
+    write_json(path, scene | {"name": f"toy{ESCAPES}", "classes": [ESCAPES, "tree", "car"]})
+    root = tmp_path / "data"
+    root.mkdir()
+    (root / "dataset.toml").write_text(tomli_w.dumps({"classes": [ESCAPES], "splits": {ESCAPES: {}}}), encoding="utf-8")
+    for words in (
+        ["status", run.path], ["rescore", run.path, "--protocol", "plop"], ["data", "verify", root],
+        ["scenario", "show", f"no{ESCAPES}"], ["list", "methods"],
+    ):  # fmt: skip
+        _, out, err = command(*words)
+        assert "\x1b" not in out + err, words
+        assert "\x07" not in out + err, words
+    assert "[bold]" in command("rescore", run.path, "--protocol", "plop")[1], "nor is it markup"

@@ -11,9 +11,11 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 import cssbench
 from cssbench.cli import check, data, evaluate, listing, profile, published, run, scenario, score
+from cssbench.cli.text import plain_lines
 from cssbench.errors import CssbenchError
 
 app = typer.Typer(
@@ -48,15 +50,9 @@ def main(words: list[str] | None = None) -> None:
     try:
         app(words)
     except CssbenchError as error:
-        Console(stderr=True).print(f"[bold red]Error:[/bold red] {_plain(str(error))}", soft_wrap=True, highlight=False)
+        said = escape(plain_lines(str(error)))
+        Console(stderr=True).print(f"[bold red]Error:[/bold red] {said}", soft_wrap=True, highlight=False)
         sys.exit(2)
     except KeyboardInterrupt:
         print("Interrupted. `cssbench resume DIR` goes on after the last finished step.", file=sys.stderr)
         sys.exit(130)
-
-
-def _plain(text: str) -> str:
-    """Text that rich does not read as markup."""
-    from rich.markup import escape
-
-    return escape(text)

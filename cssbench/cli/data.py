@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cssbench.cli.text import plain
 from cssbench.errors import ConfigError, DataError, ScenarioError
 
 app = typer.Typer(help="Fetch, check and count data.", no_args_is_help=True)
@@ -50,7 +51,7 @@ def verify(root: Root, dataset: Dataset = None, option: DataOption = None) -> No
     source = _open(root, dataset, option)
     problems = find_problems(source)
     for problem in problems:
-        typer.echo(f"{problem.path}: {problem.what}")
+        typer.echo(plain(f"{problem.path}: {problem.what}"))
     counted = {split: len(source.stems(split)) for split in source.splits if source.has_images(split)}
     sizes = ", ".join(f"{count} {split}" for split, count in counted.items()) or "no"
     typer.echo(f"{source.name} at {root}: {sizes} images, {len(problems)} problems")
@@ -86,8 +87,8 @@ def index(
     for heading in ("id", "class", *(f"{split} ({len(i.stems)})" for split, i in found.items())):
         table.add_column(heading, justify="left" if heading == "class" else "right")
     for class_id, name in enumerate(source.classes, 1):
-        table.add_row(str(class_id), name, *(str(int(i.table[:, class_id].sum())) for i in found.values()))
-    Console().print(table)
+        table.add_row(str(class_id), plain(name), *(str(int(i.table[:, class_id].sum())) for i in found.values()))
+    Console(markup=False).print(table)
 
 
 @app.command()
@@ -154,7 +155,14 @@ def _print_stats(title: str, steps: list[Any]) -> None:
         whole.add_row(str(step.step), str(step.images), *cells)
         for row in step.labelled:
             learned = "-" if row.learned is None else str(row.learned)
-            cells = [str(row.class_id), row.name, learned, str(row.images), str(row.pixels), f"{100 * row.share:.3f}"]
+            cells = [
+                str(row.class_id),
+                plain(row.name),
+                learned,
+                str(row.images),
+                str(row.pixels),
+                f"{100 * row.share:.3f}",
+            ]
             classes.add_row(str(step.step), *cells)
     console = Console(markup=False, highlight=False)
     console.print(whole)

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cssbench import registry
+from cssbench.cli.text import plain
 from cssbench.errors import PluginError
 
 
@@ -55,7 +56,7 @@ def list_parts(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> N
         headings, (rows, complaints) = (one, "from", "where"), _parts(kind.value)
     table = Table(*headings, box=None, header_style="bold")
     for row in rows:
-        table.add_row(*map(_plain, row))
+        table.add_row(*map(plain, row))
     Console(markup=False).print(table)
     if kind == Kind.models:
         typer.echo("At 512 px with 150 classes; one multiply-add = 1 FLOP. Models with their defaults, then presets.")
@@ -64,7 +65,7 @@ def list_parts(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> N
     warnings = Console(stderr=True, markup=False, highlight=False)
     for complaint in complaints:
         warnings.print("Warning:", style="bold yellow", end=" ")
-        warnings.print(_plain(complaint), soft_wrap=True)
+        warnings.print(plain(complaint), soft_wrap=True)
 
 
 def _parts(group: str) -> tuple[Rows, list[str]]:
@@ -128,8 +129,3 @@ def _protocols() -> tuple[Rows, list[str]]:
     found = catalogue()
     rows: Rows = [(p.id, p.used_by, p.summary) for p in found.found.values()]
     return rows, found.complaints
-
-
-def _plain(text: str) -> str:
-    """In one line, without control characters: what strangers wrote is no command to the terminal."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
