@@ -21,27 +21,6 @@ from cssbench.method import Batch, Method, StepContext
 from cssbench.models.segmenter import Segmenter
 
 
-def make_fabric(config: TrainConfig) -> Fabric:
-    """Fabric for the recipe's accelerator, number of devices and precision; under torchrun it joins the others."""
-    fabric = Fabric(accelerator=config.accelerator, devices=config.devices, precision=config.precision)
-    fabric.launch()
-    return fabric
-
-
-def micro_batch(config: TrainConfig, world: int) -> int:
-    """Images per forward pass and process, so that the effective batch is `batch_size` whatever `world`.
-
-    Raises ConfigError when it does not divide.
-    """
-    parts = config.accumulate * world
-    if config.batch_size % parts:
-        raise ConfigError(
-            f"train.batch_size {config.batch_size} does not divide by {config.accumulate} accumulated passes x {world} "
-            f"processes. Choose a multiple of {parts}."
-        )
-    return config.batch_size // parts
-
-
 def use_fused(optim: OptimConfig, train: TrainConfig) -> bool:
     """`optim.fused`, decided. Raises ConfigError where it is asked for with clipping in float16: a fused step takes the
     loss scale out by itself, too late to clip."""
