@@ -71,7 +71,7 @@ def _restore(made: Experiment, step: Step) -> None:
     record = made.folder.records()[step.index]
     made.folder.verify(record)
     checkpoint.load_weights(record.folder / "model.safetensors", made.model)
-    made.method.load_state_dict(checkpoint.load_state(record.folder / "method.pt"))
+    made.method.load_state_dict(checkpoint.load_state(record.folder / "method.safetensors"))
     made.model.to(made.fabric.device)
     say(f"step {step.index}: finished before, weights and state restored")
 
@@ -83,7 +83,7 @@ def _run_step(made: Experiment, step: Step, previous: Segmenter | None, base: Ba
     if fabric.is_global_zero:
         folder = made.folder.step_folder(step.index)
         checkpoint.save_weights(folder / "model.safetensors", made.model)
-        checkpoint.save_state(folder / "method.pt", made.method.state_dict())
+        checkpoint.save_state(folder / "method.safetensors", made.method.state_dict())
     clock.lap("save")
     found = _evaluate(made, step, base, clock)
     fabric.barrier()
