@@ -23,13 +23,13 @@ from cssbench.data.registry import make_dataset
 from cssbench.data.step_dataset import split_holdout
 from cssbench.data.stored import StoredDataset
 from cssbench.data.transforms import TrainTransform
+from cssbench.engine import make_fabric, micro_batch
 from cssbench.errors import ConfigError, RunError
 from cssbench.lock import FileLock
 from cssbench.method import Method
 from cssbench.models.segmenter import Segmenter
 from cssbench.results import RunFolder
 from cssbench.scenario import Scenario, Step, stems_digest
-from cssbench.trainer import make_fabric, micro_batch
 
 
 @contextmanager

@@ -103,7 +103,7 @@ class StepCheckpoints:
             if done % self.every and not self._by_count(done):  # agreeing makes a GPU wait
                 return
             flag = torch.tensor(wanted, device=self.fabric.device)
-            wanted = int(self.fabric.all_reduce(flag, reduce_op="max"))
+            wanted = int(torch.as_tensor(self.fabric.all_reduce(flag, reduce_op="max")))
         if wanted:
             self.save(done, total, training)
         if wanted > SAVE:

@@ -13,6 +13,7 @@ import torch
 
 from cssbench import checkpoint
 from cssbench.data.step_dataset import BatchStream, HoldoutDataset, StepDataset, make_loader, one_pass
+from cssbench.engine import micro_batch
 from cssbench.errors import RunError
 from cssbench.experiment import Experiment, derive_seed
 from cssbench.frozen import training_batches
@@ -27,7 +28,7 @@ from cssbench.scenario import Step
 from cssbench.shared import BaseStep
 from cssbench.step_checkpoint import StepCheckpoints
 from cssbench.step_evaluation import Evaluated, evaluate_step, save_pictures
-from cssbench.trainer import fit, micro_batch
+from cssbench.trainer import fit
 
 
 @dataclass

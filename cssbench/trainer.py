@@ -19,33 +19,13 @@ from torch import Tensor
 from cssbench.compiling import compiled
 from cssbench.config import OptimConfig, TrainConfig
 from cssbench.contract import check_groups, check_output, check_terms
+from cssbench.engine import load_whole_state, whole_state
 from cssbench.errors import ConfigError, NonFiniteLossError
 from cssbench.method import Batch, Method, StepContext
 from cssbench.models.segmenter import Segmenter
 
 if TYPE_CHECKING:
     from cssbench.step_checkpoint import StepCheckpoints
-
-
-def make_fabric(config: TrainConfig) -> Fabric:
-    """Fabric for the recipe's accelerator, number of devices and precision; under torchrun it joins the others."""
-    fabric = Fabric(accelerator=config.accelerator, devices=config.devices, precision=config.precision)
-    fabric.launch()
-    return fabric
-
-
-def micro_batch(config: TrainConfig, world: int) -> int:
-    """Images per forward pass and process, so that the effective batch is `batch_size` whatever `world`.
-
-    Raises ConfigError when it does not divide.
-    """
-    parts = config.accumulate * world
-    if config.batch_size % parts:
-        raise ConfigError(
-            f"train.batch_size {config.batch_size} does not divide by {config.accumulate} accumulated passes x {world} "
-            f"processes. Choose a multiple of {parts}."
-        )
-    return config.batch_size // parts
 
 
 def use_fused(optim: OptimConfig, train: TrainConfig) -> bool:
@@ -95,11 +75,12 @@ class Training:
     tail: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it as data. Every process calls it."""
+        """All of it as data, on the first process. Every process calls it."""
         mine = rng_state(self.fabric.device)
+        model, optimizer = whole_state(self.ctx.model, self.optimizer)
         return {
-            "model": self.ctx.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": model,
+            "optimizer": optimizer,
             "precision": self.fabric.strategy.precision.state_dict(),
             "method": self.method.state_dict(),
             "tail": self.tail,
@@ -109,8 +90,7 @@ class Training:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """After the method's `start_step`, which makes what is in no state. With another number of processes random
         numbers go on as they are."""
-        self.ctx.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_whole_state(self.ctx.model, self.optimizer, state["model"], state["optimizer"])
         self.fabric.strategy.precision.load_state_dict(state["precision"])
         self.method.load_state_dict(state["method"])
         self.tail = {name: [v.to(self.fabric.device) for v in values] for name, values in state["tail"].items()}
@@ -154,7 +134,8 @@ def fit(
 
     batches: an endless or long enough stream of micro-batches, `train.accumulate` of them per optimiser step, from the
     iteration on with which `checkpoints` go on.
-    Raises Interrupted after a signal to stop; NonFiniteLossError, naming the images of the batch; PluginError where the method breaks its interface.
+    Raises Interrupted after a signal to stop; NonFiniteLossError, naming the images of the batch; PluginError where the
+    method breaks its interface.
     """
     with ExitStack() as stack:
         models = [ctx.model, ctx.previous if method.uses_previous else None]
