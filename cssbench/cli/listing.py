@@ -29,6 +29,7 @@ class Kind(StrEnum):
     datasets = "datasets"
     scenarios = "scenarios"
     recipes = "recipes"
+    suites = "suites"
     protocols = "protocols"
     reports = "reports"
 
@@ -41,12 +42,12 @@ def register(app: typer.Typer) -> None:
 
 
 def list_parts(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> None:
-    """List installed methods, models with their cost, presets, datasets, scenarios, recipes, protocols or reports."""
+    """List installed methods, models with their cost, presets, datasets, scenarios, recipes, suites, protocols or reports."""
     one = kind.value.removesuffix("s")
     headings: tuple[str, ...]
     if kind == Kind.models:
         headings, (rows, complaints) = (one, "from", "M parameters", "GFLOPs", "source"), _models()
-    elif kind in (Kind.scenarios, Kind.recipes, Kind.presets):
+    elif kind in (Kind.scenarios, Kind.recipes, Kind.presets, Kind.suites):
         headings, (rows, complaints) = (one, "from", "description"), _files(kind.value)
     elif kind == Kind.protocols:
         headings, (rows, complaints) = (one, "used by", "what it does"), _protocols()
