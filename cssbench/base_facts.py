@@ -21,7 +21,13 @@ from cssbench.results import sha256
 from cssbench.scenario import Scenario, stems_digest
 
 PACKAGES = ("torch", "torchvision", "timm", "lightning", "numpy", "pillow")
-NOT_TRAINING = {"cli", "suites", "baselines", "scenarios", "reports"}  # folders below the package that no base step depends on
+NOT_TRAINING = {
+    "cli",
+    "suites",
+    "baselines",
+    "scenarios",
+    "reports",
+}  # folders that no base step depends on
 
 
 def base_facts(made: Experiment) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def read_recipe(name: str) -> dict[str, Any]:
 
 
 def read_suite(name: str) -> dict[str, Any]:
-    """The content of a suite's TOML (`cssbench.suites`): an installed one by name, or a path. Raises as `read_recipe`."""
+    """The content of a suite (`cssbench.suites`): an installed one by name, or a path. Raises as `read_recipe`."""
     return reduce(_merged, _chain("suites", name))
 
 

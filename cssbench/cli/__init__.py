@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 import cssbench
-from cssbench.cli import check, data, evaluate, listing, profile, published, run, scenario, score
+from cssbench.cli import check, data, evaluate, listing, profile, published, run, scenario, score, suite
 from cssbench.errors import CssbenchError
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app = typer.Typer(
 )
 app.add_typer(scenario.app, name="scenario")
 app.add_typer(data.app, name="data")
+app.add_typer(suite.app, name="suite")
 run.register(app)
 evaluate.register(app)
 listing.register(app)

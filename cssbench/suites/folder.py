@@ -26,7 +26,7 @@ from typing import Any
 
 from cssbench.errors import CssbenchError, RunError
 from cssbench.lock import FileLock
-from cssbench.results import safe_name, write_bytes, write_json
+from cssbench.results import RunFolder, safe_name, write_bytes, write_json
 
 SCHEMA = 1
 STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM, -signal.SIGINT)  # exit codes, not failures
@@ -152,7 +152,7 @@ class SuiteFolder:
     def state(self, entry: Entry) -> State:
         """How far the run is, from what its processes left on disk."""
         done, steps = self.steps_done(entry.id), len(entry.iterations)
-        last = _attempt(self.attempt(entry.id))
+        last = read_attempt(self.attempt(entry.id))
         reached = _logged(self.run(entry.id) / "logs" / f"train-{done:02d}.csv") if done < steps else 0
         found = State(
             "waiting",
@@ -198,7 +198,7 @@ def _printable(text: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
-def _attempt(path: Path) -> dict[str, Any]:
+def read_attempt(path: Path) -> dict[str, Any]:
     """The last attempt; nothing where there is none, or its file is damaged."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -241,12 +241,17 @@ def launching(suite: SuiteFolder) -> Iterator[None]:
         lock.release()
 
 
-def readable(suite: SuiteFolder, entry: Entry) -> str:
-    """Why a finished run cannot be reported, or nothing."""
-    from cssbench.results import RunFolder
-
-    try:
-        run = RunFolder.read(suite.run(entry.id))
-        return "" if run.finished else "its records are not those of a finished run"
-    except CssbenchError as error:
-        return str(error)
+def missing(suite: SuiteFolder) -> dict[str, str]:
+    """Runs that cannot be reported -> why: how far they are, or what is wrong with them."""
+    found = {}
+    for entry in suite.entries:
+        state = suite.state(entry)
+        words = f"{state.kind} at step {state.step} of {state.steps - 1}, iteration {state.iteration}"
+        if state.kind != "finished":
+            found[entry.id] = f"{words}: {state.error}" if state.error else words
+            continue
+        try:
+            RunFolder.read(suite.run(entry.id)).records()
+        except CssbenchError as error:
+            found[entry.id] = f"damaged: {error}"
+    return found
