@@ -42,7 +42,7 @@ def register(app: typer.Typer) -> None:
 
 
 def list_parts(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> None:
-    """List installed methods, models with their cost, data sets, scenarios, recipes, presets, suites, protocols, reports."""
+    """List what is installed: methods, models with their cost, scenarios, recipes, presets, suites, reports."""
     one = kind.value.removesuffix("s")
     headings: tuple[str, ...]
     if kind == Kind.models:

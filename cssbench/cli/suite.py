@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -60,7 +61,7 @@ def plan(
     data: Data = None,
     index: Annotated[
         Path | None,
-        typer.Option(help="Class lists `name id id ...`, 0-based, of the training images, instead of data."),
+        typer.Option(help="Class lists `name id id ...`, 0-based, of training images, instead of data."),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the suite: estimate from its runs.")] = None,
     measured: Annotated[bool, typer.Option("--measure", help="Measure a few iterations of each kind here.")] = False,
@@ -129,19 +130,21 @@ def _print_plan(name: str, rows: list[dict[str, Any]], summary: dict[str, Any]) 
     from cssbench.progress import size_text
 
     console = Console()
-    table = Table(title=f"Suite {name}: {len(rows)} runs", title_justify="left", box=None)
-    table.add_column("run", overflow="fold")
-    table.add_column("iterations by step", overflow="fold")
-    table.add_column("base step", overflow="fold")
-    for heading in ("trained", "hours", "disk"):
+    table = Table(
+        title=f"Suite {name}: {len(rows)} runs", title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False
+    )
+    table.add_column("", justify="right", no_wrap=True)
+    table.add_column("run", overflow="fold", min_width=min(40, max(len(row["id"]) for row in rows)))
+    table.add_column("iterations by step", overflow="fold", min_width=10)
+    for heading in ("step 0", "hours", "disk"):
         table.add_column(heading, justify="right", no_wrap=True)
+    numbers = {row["id"]: number for number, row in enumerate(rows, 1)}
     for row in rows:
         hours = "-" if row["hours"] is None else f"{row['hours']:.2f}"
-        shared = "own" if row["base_step_of"] is None else f"of {row['base_step_of']}"
-        steps = ", ".join(map(str, row["iterations"]))
-        table.add_row(
-            *map(Text, (row["id"], steps, shared, f"{row['trained']:,}", hours, size_text(row["disk_bytes"])))
-        )
+        maker = row["base_step_of"]
+        shared, steps = "own" if maker is None else f"of {numbers[maker]}", _runs_of(row["iterations"])
+        cells = (str(numbers[row["id"]]), row["id"], steps, shared, hours, size_text(row["disk_bytes"]))
+        table.add_row(*map(Text, cells))
     console.print(table)
     for key, found in summary["account"].items():
         words = f"{found['runs']} runs" if key == "all" else f"{found['runs']} runs without oracles"
@@ -157,6 +160,12 @@ def _print_plan(name: str, rows: list[dict[str, Any]], summary: dict[str, Any]) 
     source = source or "; --measure, --bench FILE or --out DIR (finished runs) give an estimate"
     console.print(f"Time: {known}{source}.", highlight=False, soft_wrap=True, markup=False)
     console.print(f"Disk: {size_text(summary['disk_bytes'])} of weights.", highlight=False, soft_wrap=True)
+
+
+def _runs_of(counts: list[int]) -> str:
+    """30, 10, 10 -> "30, 2 x 10"."""
+    grouped = [(value, len(list(same))) for value, same in groupby(counts)]
+    return ", ".join(f"{times} x {value}" if times > 1 else str(value) for value, times in grouped)
 
 
 @app.command()
@@ -313,15 +322,20 @@ def status(
 def _status_table(suite: SuiteFolder, states: dict[str, State]) -> Table:
     counts = {kind: sum(state.kind == kind for state in states.values()) for kind in COLOURS}
     words = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
-    table = Table(title=f"Suite {suite.name}: {words}", title_justify="left", box=None)
-    for heading in ("run", "state", "at", "done", "tries", "last line of a failed run"):
-        table.add_column(heading, justify="right" if heading in ("done", "tries") else "left", overflow="fold")
+    table = Table(
+        title=f"Suite {suite.name}: {words}", title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False
+    )
+    table.add_column("run", overflow="fold", min_width=min(40, max((len(e.id) for e in suite.entries), default=0)))
+    table.add_column("state", no_wrap=True)
+    for heading in ("done", "tries"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("at", overflow="fold")
     for entry in suite.entries:
         state = states[entry.id]
         at = f"step {state.step}/{state.steps - 1}, iteration {state.iteration}/{state.iterations}"
         done = f"{100 * state.done / max(1, sum(entry.iterations)):.0f} %"
         shown = at if state.kind in ("running", "stopped", "failed") else ""
-        cells = (shown, done, str(state.attempts or "-"), state.error)
+        cells = (done, str(state.attempts or "-"), f"{shown}: {state.error}" if state.error else shown)
         table.add_row(Text(entry.id), Text(state.kind, style=COLOURS[state.kind]), *map(Text, cells))
     return table
 
@@ -329,9 +343,7 @@ def _status_table(suite: SuiteFolder, states: dict[str, State]) -> Table:
 @app.command()
 def report(
     folder: Folder,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Folder for the report; default: report/ in the suite.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder to write; default: report/ in the suite.")] = None,
     kind: Annotated[str, typer.Option(help="Report: a name of `cssbench list reports`.")] = "html",
     protocol: Annotated[list[str] | None, typer.Option(help="Scoring protocol; may repeat.")] = None,
     allow_mixed: Annotated[

@@ -207,9 +207,8 @@ def _array(
     executor.update_parameters(**slurm_parameters(entries[0], options, after))
     with executor.batch():  # an array; `map_array` would hide `Attempt.checkpoint`
         jobs = [executor.submit(Attempt(suite.path, entry.id)) for entry in entries]
-    say(
-        f"SLURM {jobs[0].job_id.split('_')[0]}{f', after {after}' if after else ''}: {', '.join(e.id for e in entries)}"
-    )
+    when = f", after {after}" if after else ""
+    say(f"SLURM {jobs[0].job_id.split('_')[0]}{when}: {', '.join(entry.id for entry in entries)}")
     return list(jobs)
 
 

@@ -67,7 +67,7 @@ class SuiteSpec(Section):
     methods: Names
     scenarios: Names
     models: list[str] = Field(default_factory=list, description="none: the recipe's")
-    seeds: Annotated[list[int], Field(min_length=1)] = [0]
+    seeds: Annotated[list[int], Field(min_length=1)] = Field(default=[0])
     orders: Annotated[list[Order], Field(min_length=1)] = Field(
         default=["native"], description="class orders: native, a seed, or class ids"
     )
@@ -136,18 +136,15 @@ def runs(spec: SuiteSpec, name: str, data: Path | None = None) -> list[SuiteRun]
     Raises ConfigError, UnknownNameError or PluginError, naming the run, where one is not a valid recipe.
     """
     made = _Builder(spec, name, data)
-    found = [
-        made.learner(*parts)
-        for parts in product(spec.methods, spec.scenarios, spec.models or [None], spec.seeds, spec.orders)
-    ]
+    models: list[str | None] = [*spec.models] or [None]
+    found = [made.learner(*parts) for parts in product(spec.methods, spec.scenarios, models, spec.seeds, spec.orders)]
     if spec.oracle:
         joint = list(dict.fromkeys(made.joint_of(label) for label in spec.scenarios))
-        found += [made.oracle(*parts) for parts in product(joint, spec.models or [None], spec.seeds)]
+        found += [made.oracle(*parts) for parts in product(joint, models, spec.seeds)]
     seen: dict[str, SuiteRun] = {}
     for run in found:
-        if other := seen.setdefault(run.id.lower(), run):
-            if other is not run:
-                raise ConfigError(f"Suite {name!r} has two runs called {run.id!r}. Give one of them another label.")
+        if seen.setdefault(run.id.lower(), run) is not run:
+            raise ConfigError(f"Suite {name!r} has two runs called {run.id!r}. Give one of them another label.")
     return found
 
 
