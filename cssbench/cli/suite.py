@@ -52,6 +52,7 @@ Cpus = Annotated[int | None, typer.Option(min=1, help="SLURM: CPU cores per run.
 Memory = Annotated[float | None, typer.Option(min=0, help="SLURM: GiB per run.")]
 Setup = Annotated[list[str] | None, typer.Option(help="SLURM: a line of shell before the run. May repeat.")]
 Slurm = Annotated[list[str] | None, typer.Option(help="SLURM: another sbatch option, key=value. May repeat.")]
+WIDE = 44  # characters of a run's name that are kept in one line
 COLOURS = {"finished": "green", "running": "cyan", "failed": "bold red", "stopped": "yellow", "waiting": "dim"}
 
 
@@ -134,7 +135,7 @@ def _print_plan(name: str, rows: list[dict[str, Any]], summary: dict[str, Any]) 
         title=f"Suite {name}: {len(rows)} runs", title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False
     )
     table.add_column("", justify="right", no_wrap=True)
-    table.add_column("run", overflow="fold", min_width=min(40, max(len(row["id"]) for row in rows)))
+    table.add_column("run", overflow="fold", no_wrap=max(len(row["id"]) for row in rows) <= WIDE)
     table.add_column("iterations by step", overflow="fold", min_width=10)
     for heading in ("step 0", "hours", "disk"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -325,7 +326,7 @@ def _status_table(suite: SuiteFolder, states: dict[str, State]) -> Table:
     table = Table(
         title=f"Suite {suite.name}: {words}", title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False
     )
-    table.add_column("run", overflow="fold", min_width=min(40, max((len(e.id) for e in suite.entries), default=0)))
+    table.add_column("run", overflow="fold", no_wrap=all(len(e.id) <= WIDE for e in suite.entries))
     table.add_column("state", no_wrap=True)
     for heading in ("done", "tries"):
         table.add_column(heading, justify="right", no_wrap=True)
