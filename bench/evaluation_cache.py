@@ -22,12 +22,12 @@ from speed import Row, main, row
 
 from cssbench.config import EvaluateConfig, TrainConfig
 from cssbench.data.camvid import CamVid
+from cssbench.engine import make_fabric
 from cssbench.evaluate import EvaluationDataset, evaluate
 from cssbench.features import FeatureStore
 from cssbench.frozen import RememberingModel
 from cssbench.profile import build_model, cut_steps
 from cssbench.scenario import Scenario
-from cssbench.trainer import make_fabric
 
 SIZE, CLASSES, TURNS = 512, 150, 3
 OPTIONS = {"backbone": {"name": "vit_base_patch16_384", "image_size": SIZE}}

@@ -21,13 +21,14 @@ from torch import Tensor
 
 from cssbench import registry
 from cssbench.config import OptimConfig, TrainConfig
+from cssbench.engine import make_fabric
 from cssbench.features import FeatureStore, key_of
 from cssbench.frozen import EncodedBatches
 from cssbench.method import Method, StepContext
 from cssbench.models.segmenter import Segmenter
 from cssbench.profile import build_model, cut_steps
 from cssbench.scenario import Scenario, Step
-from cssbench.trainer import FiniteCheck, forward, make_fabric, make_optimizer, use_fused
+from cssbench.trainer import FiniteCheck, forward, make_optimizer, use_fused
 
 SIZE, BATCH = 512, 2
 OPTIONS = {"backbone": {"name": "vit_base_patch16_384", "image_size": SIZE}}

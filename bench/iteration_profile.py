@@ -27,11 +27,11 @@ from cssbench.config import AugmentConfig, TrainConfig
 from cssbench.data.step_dataset import BatchStream, StepDataset, make_loader
 from cssbench.data.synthetic import Synthetic
 from cssbench.data.transforms import TrainTransform
+from cssbench.engine import make_fabric
 from cssbench.features import FeatureStore
 from cssbench.frozen import EncodedBatches, StoredViews
 from cssbench.profile import cut_steps
 from cssbench.scenario import Scenario
-from cssbench.trainer import make_fabric
 
 PICTURE = RESULTS.parents[1] / "docs" / "speed" / "iteration.png"
 REPEATS, IMAGES, WORKERS = 3, 24, {"cpu": 0, "cuda": 4}

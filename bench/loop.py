@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from cssbench.baselines.finetune import FineTune
 from cssbench.config import OptimConfig, TrainConfig
+from cssbench.engine import make_fabric
 from cssbench.logs import StepLog
 from cssbench.losses.pixel import cross_entropy
 from cssbench.method import StepContext
@@ -30,7 +31,7 @@ from cssbench.models.pixel import PixelOutput
 from cssbench.models.segmenter import Segmenter, SegOutput
 from cssbench.profile import build_model, cut_steps
 from cssbench.scenario import Step, from_dict
-from cssbench.trainer import fit, make_fabric, make_optimizer, use_fused
+from cssbench.trainer import fit, make_optimizer, use_fused
 
 OPTIM, CLASSES = OptimConfig(lr=1e-5), 20
 

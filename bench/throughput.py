@@ -37,9 +37,9 @@ from cssbench.data.parallel import cores
 from cssbench.data.step_dataset import BatchStream, StepDataset, make_loader
 from cssbench.data.synthetic import Synthetic
 from cssbench.data.transforms import TrainTransform
+from cssbench.engine import make_fabric
 from cssbench.profile import GIGA, build_model, cut_steps, latency, no_image, peak_memory, scores
 from cssbench.scenario import Scenario
-from cssbench.trainer import make_fabric
 
 CLASSES, IMAGES = 150, 32
 PRECISION = {"cpu": "32-true", "cuda": "bf16-mixed"}

@@ -20,7 +20,7 @@ import torch
 from cssbench import checkpoint, config, recipes, validate
 from cssbench.config import RunConfig
 from cssbench.errors import ConfigError, CssbenchError, RunError
-from cssbench.experiment import Experiment, build_experiment, derive_seed, resolve
+from cssbench.experiment import Experiment, build_experiment, derive_seed, resolve, sole_writer
 from cssbench.progress import say
 from cssbench.results import RunFolder, content_digest
 from cssbench.scenario import Step
@@ -78,7 +78,8 @@ def evaluate_again(source: Path, out: Path, changes: list[str], data: Path | Non
             f"{wanted.data.root}. Give the data it was trained on with --data."
         )
     made.folder.provenance |= {"evaluated_from": origin}
-    _evaluate_steps(made, there, done, new=before is None)
+    with sole_writer(made):
+        _evaluate_steps(made, there, done, new=before is None)
     return len(there.records()) - done
 
 

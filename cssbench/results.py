@@ -6,7 +6,7 @@
       scenario.json         classes, groups, mode; per step the number of images and the SHA-256 of their stems
       steps/00/             one folder per finished step
         model.safetensors   weights
-        method.pt           the method's own state (tensors only)
+        method.safetensors  the method's own state (tensors and plain data)
         matrices.npz        int64 confusion matrices, raw class id x predicted class id (see `StepRecord.matrices`)
         samples/*.png       predictions for the sample images, palette PNG of class ids
         depths/*.png        blocks that the token at each pixel went through, palette PNG; of models that drop tokens

@@ -3,7 +3,7 @@
 DIR/<key[:2]>/<key>/       an entry; the key is the SHA-256 of `base_facts` as canonical JSON
   key.json                 the facts
   model.safetensors        weights right after training, before `Method.end_step`, which every run does itself
-  method.pt                only of a method that is not `plain_base`: its state; the weights are then of after
+  method.safetensors       only of a method that is not `plain_base`: its state; the weights are then of after
                            `end_step`, and both come back as `cssbench resume` would bring them
   numbers.json             loss, seconds, who trained it; the SHA-256 of the files above
   evaluated-<digest>.npz   matrices, sample predictions and depths, by the weights and settings that gave them; beside
@@ -115,7 +115,7 @@ class BaseStep:
         state: dict[str, Any] = {}
         if self.fabric.is_global_zero:
             checkpoint.load_weights(self.path / "model.safetensors", model)
-            state = {} if self.plain else checkpoint.load_state(self.path / "method.pt")
+            state = {} if self.plain else checkpoint.load_state(self.path / "method.safetensors")
         if self.fabric.world_size > 1:
             for tensor in model.state_dict().values():
                 tensor.copy_(self.fabric.broadcast(tensor.cpu()))
@@ -140,7 +140,7 @@ class BaseStep:
         checkpoint.save_weights(folder / "model.safetensors", self.made.model)
         write_json(folder / "key.json", self.facts)
         if not self.plain:
-            checkpoint.save_state(folder / "method.pt", self.made.method.state_dict())
+            checkpoint.save_state(folder / "method.safetensors", self.made.method.state_dict())
         found = provenance.collect(provenance.this_command())
         who = {name: found[name] for name in ("command", "version", "commit", "dirty", "hardware")}
         content = numbers | who | {"key": self.key, "run": self.made.folder.name, "when": found["started"]}

@@ -5,10 +5,13 @@ Devices, processes and mixed precision are Lightning Fabric's.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor
@@ -16,30 +19,13 @@ from torch import Tensor
 from cssbench.compiling import compiled
 from cssbench.config import OptimConfig, TrainConfig
 from cssbench.contract import check_groups, check_output, check_terms
+from cssbench.engine import load_whole_state, whole_state
 from cssbench.errors import ConfigError, NonFiniteLossError
 from cssbench.method import Batch, Method, StepContext
 from cssbench.models.segmenter import Segmenter
 
-
-def make_fabric(config: TrainConfig) -> Fabric:
-    """Fabric for the recipe's accelerator, number of devices and precision; under torchrun it joins the others."""
-    fabric = Fabric(accelerator=config.accelerator, devices=config.devices, precision=config.precision)
-    fabric.launch()
-    return fabric
-
-
-def micro_batch(config: TrainConfig, world: int) -> int:
-    """Images per forward pass and process, so that the effective batch is `batch_size` whatever `world`.
-
-    Raises ConfigError when it does not divide.
-    """
-    parts = config.accumulate * world
-    if config.batch_size % parts:
-        raise ConfigError(
-            f"train.batch_size {config.batch_size} does not divide by {config.accumulate} accumulated passes x {world} "
-            f"processes. Choose a multiple of {parts}."
-        )
-    return config.batch_size // parts
+if TYPE_CHECKING:
+    from cssbench.step_checkpoint import StepCheckpoints
 
 
 def use_fused(optim: OptimConfig, train: TrainConfig) -> bool:
@@ -78,6 +64,61 @@ def rate_at(config: OptimConfig, base: float, iteration: int, total: int) -> flo
     return lr
 
 
+@dataclass
+class Training:
+    """What changes while a step trains. tail: the loss terms of the last tenth."""
+
+    fabric: Fabric
+    ctx: StepContext
+    method: Method
+    optimizer: torch.optim.Optimizer
+    tail: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it as data, on the first process. Every process calls it."""
+        mine = rng_state(self.fabric.device)
+        model, optimizer = whole_state(self.ctx.model, self.optimizer)
+        return {
+            "model": model,
+            "optimizer": optimizer,
+            "precision": self.fabric.strategy.precision.state_dict(),
+            "method": self.method.state_dict(),
+            "tail": self.tail,
+            "rng": [self.fabric.broadcast(mine, rank) for rank in range(self.fabric.world_size)],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """After the method's `start_step`, which makes what is in no state. With another number of processes random
+        numbers go on as they are."""
+        load_whole_state(self.ctx.model, self.optimizer, state["model"], state["optimizer"])
+        self.fabric.strategy.precision.load_state_dict(state["precision"])
+        self.method.load_state_dict(state["method"])
+        self.tail = {name: [v.to(self.fabric.device) for v in values] for name, values in state["tail"].items()}
+        if len(state["rng"]) == self.fabric.world_size:
+            set_rng_state(state["rng"][self.fabric.global_rank], self.fabric.device)
+
+
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """The global random generators of this process, as data: torch's of the CPU and of `device`, numpy's, Python's."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    found = {
+        "torch": torch.get_rng_state(),
+        "numpy": [str(kind), torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],  # type: ignore
+        "python": random.getstate(),
+    }
+    return found | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
+    """Undo of `rng_state`; a generator that is not in `state` stays as it is."""
+    torch.set_rng_state(state["torch"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    random.setstate(state["python"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
 def fit(
     fabric: Fabric,
     ctx: StepContext,
@@ -87,17 +128,20 @@ def fit(
     train: TrainConfig,
     iterations: int,
     on_iteration: Callable[[], None] = lambda: None,
+    checkpoints: StepCheckpoints | None = None,
 ) -> dict[str, float]:
     """Train one step for `iterations` optimiser steps; returns the means of the loss terms over the last tenth.
 
-    batches: an endless or long enough stream of micro-batches, `train.accumulate` of them per optimiser step.
-    Raises NonFiniteLossError, naming the images of the batch; PluginError where the method breaks its interface.
+    batches: an endless or long enough stream of micro-batches, `train.accumulate` of them per optimiser step, from the
+    iteration on with which `checkpoints` go on.
+    Raises Interrupted after a signal to stop; NonFiniteLossError, naming the images of the batch; PluginError where the
+    method breaks its interface.
     """
     with ExitStack() as stack:
         models = [ctx.model, ctx.previous if method.uses_previous else None]
         stack.enter_context(channels_last(models, train.channels_last))
         stack.enter_context(compiled(models, train.compile))
-        return _fit(fabric, ctx, method, batches, optim, train, iterations, on_iteration)
+        return _fit(fabric, ctx, method, batches, optim, train, iterations, on_iteration, checkpoints)
 
 
 def _fit(
@@ -109,15 +153,16 @@ def _fit(
     train: TrainConfig,
     iterations: int,
     on_iteration: Callable[[], None],
+    checkpoints: StepCheckpoints | None,
 ) -> dict[str, float]:
     groups, fused = check_groups(method, method.param_groups(ctx)), use_fused(optim, train)
-    module, optimizer = fabric.setup(ctx.model, make_optimizer(optim, groups, ctx.step.index, fused))
+    training = Training(fabric, ctx, method, make_optimizer(optim, groups, ctx.step.index, fused))
+    module, optimizer = fabric.setup(ctx.model, training.optimizer)
     ctx.model.train()
     stream = iter(batches)
-    tail: dict[str, list[Tensor]] = {}
-    for iteration in range(iterations):
+    for iteration in range(checkpoints.restore(training) if checkpoints else 0, iterations):
         ctx.iteration = iteration
-        for group in optimizer.param_groups:
+        for group in training.optimizer.param_groups:
             group["lr"] = rate_at(optim, group["base_lr"], iteration, iterations)
         terms: dict[str, Tensor] = {}
         checks = []
@@ -138,12 +183,16 @@ def _fit(
         optimizer.zero_grad(set_to_none=True)
         if iteration >= iterations - max(1, iterations // 10):
             for name, value in terms.items():
-                tail.setdefault(name, []).append(value)
+                training.tail.setdefault(name, []).append(value)
         if iteration % train.log_every == 0 or iteration == iterations - 1:
-            _log(ctx, terms, optimizer.param_groups[0]["lr"])
+            _log(ctx, terms, training.optimizer.param_groups[0]["lr"])
         on_iteration()
+        if checkpoints:
+            checkpoints.after(iteration + 1, iterations, training)
     ctx.iteration = iterations
-    return {name: float(torch.stack(values).mean()) for name, values in tail.items()}
+    if checkpoints:
+        checkpoints.end(iterations, training)
+    return {name: float(torch.stack(values).mean()) for name, values in training.tail.items()}
 
 
 def _log(ctx: StepContext, terms: dict[str, Tensor], rate: float) -> None:

@@ -31,4 +31,6 @@ STATE = {
     "flag": True,
     "nothing": None,
     "pair": (1, "y"),
+    "noise": torch.arange(6.0, dtype=torch.bfloat16).view(2, 3).T,
+    "odd": [float("nan")],
 }

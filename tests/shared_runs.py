@@ -64,7 +64,7 @@ def same_runs(one: RunFolder, other: RunFolder) -> None:
         first, second = (safetensors.torch.load_file(r.folder / "model.safetensors") for r in (a, b))
         assert first.keys() == second.keys()
         assert all(torch.equal(first[name], second[name]) for name in first)
-        states = [checkpoint.load_state(r.folder / "method.pt") for r in (a, b)]
+        states = [checkpoint.load_state(r.folder / "method.safetensors") for r in (a, b)]
         assert states[0].keys() == states[1].keys()
         assert all(torch.equal(torch.as_tensor(states[0][k]), torch.as_tensor(states[1][k])) for k in states[0])
         assert a.matrices.keys() == b.matrices.keys()

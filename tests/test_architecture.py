@@ -24,8 +24,8 @@ FIRST_PARTY = {
 }
 PLUGINS = {"cssbench.scenarios", "cssbench.baselines"}
 TORCH_ROOMS = {f"cssbench.{name}" for name in (
-    "models", "losses", "baselines", "trainer", "task_loop", "evaluate", "checkpoint", "experiment", "contract",
-    "method", "api", "data", "logs", "testing",
+    "models", "losses", "baselines", "trainer", "engine", "task_loop", "evaluate", "checkpoint", "experiment",
+    "contract", "method", "api", "data", "logs", "testing", "step_checkpoint",
 )}  # fmt: skip
 CHECKOUT_NAMES = {"scenarios", "baselines", "reports", "tests"}
 
@@ -37,7 +37,7 @@ THIRD_PARTY = {
     "jinja2": {"reports/"},
     "yaml": {"reports/literature.py"},
     "torchvision": {"cssbench/data/transforms.py"},
-    "lightning": {"cssbench/trainer.py", "cssbench/experiment.py"},
+    "lightning": {"cssbench/engine.py", "cssbench/trainer.py", "cssbench/experiment.py"},
     "safetensors": {"cssbench/checkpoint.py"},
     "typer": {"cssbench/cli/"},
     "avalanche": {"cssbench/interop/avalanche.py"},
@@ -145,6 +145,6 @@ def test_importing_the_package_loads_nothing():
 
 def test_the_task_loop_names_no_method_model_or_scenario():
     names = {"segvit", "finetune", "mib", "plop", "reminder", "ade20k", "camvid", "synthetic"}
-    for file in ("task_loop.py", "trainer.py", "evaluate.py", "experiment.py", "method.py"):
+    for file in ("task_loop.py", "trainer.py", "engine.py", "evaluate.py", "experiment.py", "method.py"):
         source = (ROOT / "cssbench" / file).read_text().lower()
         assert not {name for name in names if name in source}, file

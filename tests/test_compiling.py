@@ -14,9 +14,10 @@ from cssbench import compiling
 from cssbench.baselines.finetune import FineTune
 from cssbench.compiling import Backend, compiled
 from cssbench.config import OptimConfig, TrainConfig
+from cssbench.engine import make_fabric
 from cssbench.models.aspp import DeepLabV3
 from cssbench.models.segmenter import Segmenter, freeze_copy
-from cssbench.trainer import fit, make_fabric
+from cssbench.trainer import fit
 
 
 class Counting(Backend):

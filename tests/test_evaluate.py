@@ -201,7 +201,7 @@ def test_matrices_do_not_depend_on_the_workers():
 
 def on_processes(out: str, world: int) -> None:
     """Run by torchrun below: the real sum of Fabric, over gloo."""
-    from cssbench.trainer import make_fabric
+    from cssbench.engine import make_fabric
 
     fabric = make_fabric(TrainConfig(iterations=1, accelerator="cpu", devices=world))
     assert fabric.world_size == world

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from toy_training import Plain, context, images_of, model_of, train, weights
 
 from cssbench.config import OptimConfig, TrainConfig
+from cssbench.engine import micro_batch
 from cssbench.errors import ConfigError
 from cssbench.method import Batch, StepContext
-from cssbench.trainer import make_optimizer, micro_batch, rate_at
+from cssbench.trainer import make_optimizer, rate_at
 
 
 def test_poly_schedule_by_hand():

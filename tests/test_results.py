@@ -329,13 +329,13 @@ def test_a_full_disk_leaves_the_old_files(tmp_path: Path, request: pytest.Fixtur
     run = fresh(tmp_path / "run")
     step = run.step_folder(0)
     checkpoint.save_weights(step / "model.safetensors", Net())
-    checkpoint.save_state(step / "method.pt", STATE)
+    checkpoint.save_state(step / "method.safetensors", STATE)
     run.finish_step(0, {"full.all": MATRIX}, {"images": 1})
     before = files(run.path)
     other = RunFolder(tmp_path / "other", CONFIG, SCENE, {})
     writing = {
         "weights": lambda: checkpoint.save_weights(step / "model.safetensors", Net(width=5)),
-        "state": lambda: checkpoint.save_state(step / "method.pt", {"new": 1}),
+        "state": lambda: checkpoint.save_state(step / "method.safetensors", {"new": 1}),
         "record": lambda: run.finish_step(0, {"full.all": 2 * MATRIX}, {"images": 2}),
         "config": other.create,
     }[what]

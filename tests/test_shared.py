@@ -135,7 +135,7 @@ def test_a_method_that_promises_nothing_gets_its_own_base_step_back_whole(recipe
     one("first", tmp_path / "store")
     run = one("run", tmp_path / "store", "train.iterations=[4, 2]")
     assert calls["fit"] == [0, 1, 1]
-    assert checkpoint.load_state(run.step_folder(1) / "method.pt") == {"passes": 6, "total": 40 + 60}
+    assert checkpoint.load_state(run.step_folder(1) / "method.safetensors") == {"passes": 6, "total": 40 + 60}
     same_runs(run, one("alone", None, "train.iterations=[4, 2]"))
 
 

@@ -13,11 +13,12 @@ from torch import Tensor
 from toy_training import SCENE, Linear, LinearOutput, Plain, context, images_of, model_of, train, weights
 
 from cssbench.config import OptimConfig, TrainConfig
+from cssbench.engine import make_fabric
 from cssbench.errors import NonFiniteLossError, PluginError
 from cssbench.logs import StepLog
 from cssbench.method import Batch, Method, StepContext
 from cssbench.models.segmenter import freeze_copy
-from cssbench.trainer import fit, make_fabric
+from cssbench.trainer import fit
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])

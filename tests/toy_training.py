@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cssbench.config import OptimConfig, TrainConfig
+from cssbench.engine import make_fabric
 from cssbench.method import Batch, Method, StepContext
 from cssbench.models.segmenter import Segmenter, SegOutput
 from cssbench.scenario import Step, from_dict
-from cssbench.trainer import fit, make_fabric
+from cssbench.trainer import fit
 
 torch.set_num_threads(1)
 SCENE = from_dict("toy", {"dataset": "toy", "classes": 3, "base": 2, "increment": 1})

@@ -1,11 +1,12 @@
 """The command line. Torch and the rest are imported inside commands, so that `--help` and `list` answer at once.
 
 Exit codes: 0 done, 1 a `--strict` check found something, 2 a user's mistake (one paragraph, no traceback), 130
-interrupted.
+and 143 stopped by SIGINT and SIGTERM.
 """
 
 from __future__ import annotations
 
+import signal
 import sys
 from typing import Annotated
 
@@ -51,9 +52,13 @@ def main() -> None:
     except CssbenchError as error:
         Console(stderr=True).print(f"[bold red]Error:[/bold red] {_plain(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("Interrupted. `cssbench resume DIR` goes on after the last finished step.", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        number = getattr(stop, "number", signal.SIGINT)
+        print(
+            f"Stopped by {signal.Signals(number).name}. `cssbench resume DIR` goes on with a run at its last checkpoint.",
+            file=sys.stderr,
+        )
+        sys.exit(128 + number)
 
 
 def _plain(text: str) -> str:

@@ -63,19 +63,20 @@ def start_run(
     wanted = config.validate(content, f"Recipe {recipe!r}")
     if (out / "config.toml").exists():
         _refuse_existing(out, wanted)
-    from cssbench.experiment import build_experiment, resolve
+    from cssbench.experiment import build_experiment, resolve, sole_writer
     from cssbench.task_loop import run as run_steps
 
     made = build_experiment(resolve(wanted), out, provenance.this_command())
-    if made.fabric.is_global_zero:
-        made.folder.create()
-    made.fabric.barrier()
-    try:
-        run_steps(made, shared)
-    except (ConfigError, DataError, ModelError, PluginError):
-        if made.fabric.is_global_zero and not made.folder.records():
-            shutil.rmtree(out)  # a mistake seen late: leave nothing, so that the same --out can be used again
-        raise
+    with sole_writer(made):
+        if made.fabric.is_global_zero:
+            made.folder.create()
+        made.fabric.barrier()
+        try:
+            run_steps(made, shared)
+        except (ConfigError, DataError, ModelError, PluginError):
+            if made.fabric.is_global_zero and not made.folder.records():
+                shutil.rmtree(out)  # a mistake seen late: leave nothing, so that the same --out can be used again
+            raise
 
 
 def _refuse_existing(out: Path, wanted: Any) -> None:
@@ -101,7 +102,7 @@ def _differences(a: Any, b: Any, path: str = "") -> list[str]:
 def resume(
     folder: Annotated[Path, typer.Argument(help="Run folder.")], data: Data = None, shared: Shared = None
 ) -> None:
-    """Go on with a run after its last finished step. A finished run is left as it is."""
+    """Go on with a run where it stopped, inside a step too. A finished run is left as it is."""
     resume_run(folder, data, shared)
 
 
@@ -112,13 +113,15 @@ def resume_run(folder: Path, data: Path | None, shared: Path | None = None) -> N
     if there.finished:
         typer.echo(f"{folder} is finished: {there.num_steps} of {there.num_steps} steps.")
         return
-    from cssbench.experiment import build_experiment
+    from cssbench.experiment import build_experiment, sole_writer
     from cssbench.task_loop import run as run_steps
 
     config = there.config
     if data is not None:
         config = config.model_copy(update={"data": config.data.model_copy(update={"root": str(data.resolve())})})
-    run_steps(build_experiment(config, folder), shared)
+    made = build_experiment(config, folder)
+    with sole_writer(made):
+        run_steps(made, shared)
 
 
 def status(folder: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import io
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -205,7 +204,7 @@ def _round_trip(subject: Subject) -> None:
 
 
 def _reread(state: dict[str, Any]) -> dict[str, Any]:
-    return torch.load(io.BytesIO(checkpoint.encode_state(state)), weights_only=True)
+    return checkpoint.decode_state(checkpoint.encode_state(state), "of the method")
 
 
 @invariant("resume", "resumed after any finished step, a run ends as an uninterrupted one, bit for bit")
