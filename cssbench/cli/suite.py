@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
@@ -53,6 +52,7 @@ Memory = Annotated[float | None, typer.Option(min=0, help="SLURM: GiB per run.")
 Setup = Annotated[list[str] | None, typer.Option(help="SLURM: a line of shell before the run. May repeat.")]
 Slurm = Annotated[list[str] | None, typer.Option(help="SLURM: another sbatch option, key=value. May repeat.")]
 WIDE = 44  # characters of a run's name that are kept in one line
+ROOM = 24  # characters of a row of the status beside the run's name and where it is
 COLOURS = {"finished": "green", "running": "cyan", "failed": "bold red", "stopped": "yellow", "waiting": "dim"}
 
 
@@ -272,12 +272,16 @@ def _options(
 def _launch(suite: SuiteFolder, how: Options) -> None:
     from cssbench.suites.launch import launch
 
-    with _ended_by_sigterm():
-        launch(suite, how)
+    try:
+        with _ended_by_sigterm():
+            launch(suite, how)
+    except KeyboardInterrupt:
+        typer.echo(f"Stopped. `cssbench suite resume {suite.path}` goes on with what is not finished.", err=True)
+        raise
     if how.executor == "slurm":
         return
     states = {entry.id: suite.state(entry) for entry in suite.entries}
-    Console().print(_status_table(suite, states))
+    Console().print(_shown(suite, states))
     if any(state.kind != "finished" for state in states.values()):
         typer.echo(f"Not all runs are finished. `cssbench suite resume {suite.path}` goes on with them.", err=True)
         raise typer.Exit(1)
@@ -286,7 +290,12 @@ def _launch(suite: SuiteFolder, how: Options) -> None:
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
     """Inside, SIGTERM ends this process as an exception would, so that runs are told to stop."""
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    from cssbench.interrupt import Interrupted
+
+    def end(number: int, _: Any) -> None:
+        raise Interrupted(number)
+
+    before = signal.signal(signal.SIGTERM, end)
     try:
         yield
     finally:
@@ -309,15 +318,21 @@ def status(
         typer.echo(json.dumps({"suite": suite.name, "runs": {name: vars(state) for name, state in states.items()}}))
         return
     if not watch:
-        Console().print(_status_table(suite, states))
+        Console().print(_shown(suite, states))
         return
     from rich.live import Live
 
-    with Live(_status_table(suite, states), auto_refresh=False) as live:
+    with Live(_shown(suite, states), auto_refresh=False) as live:
         while any(state.kind in ("running", "waiting") for state in states.values()):
             time.sleep(every)
             states = {entry.id: suite.state(entry) for entry in suite.entries}
-            live.update(_status_table(suite, states), refresh=True)
+            live.update(_shown(suite, states), refresh=True)
+
+
+def _shown(suite: SuiteFolder, states: dict[str, State]) -> Group:
+    """The table, and under it the errors in full, which a row has no place for."""
+    errors = [Text(f"{name}: {state.error}") for name, state in states.items() if state.error]
+    return Group(_status_table(suite, states), *errors)
 
 
 def _status_table(suite: SuiteFolder, states: dict[str, State]) -> Table:
@@ -331,13 +346,18 @@ def _status_table(suite: SuiteFolder, states: dict[str, State]) -> Table:
     for heading in ("done", "tries"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("at", overflow="fold")
+    room = max(24, Console().width - max(map(len, states), default=0) - ROOM)
     for entry in suite.entries:
         state = states[entry.id]
-        at = f"step {state.step}/{state.steps - 1}, iteration {state.iteration}/{state.iterations}"
+        at = Text(f"step {state.step}/{state.steps - 1}, iteration {state.iteration}/{state.iterations}")
+        if state.kind not in ("running", "stopped", "failed"):
+            at = Text()
+        if state.error:
+            at = Text(f"step {state.step}: {state.error}")
+            at.truncate(room, overflow="ellipsis")
         done = f"{100 * state.done / max(1, sum(entry.iterations)):.0f} %"
-        shown = at if state.kind in ("running", "stopped", "failed") else ""
-        cells = (done, str(state.attempts or "-"), f"{shown}: {state.error}" if state.error else shown)
-        table.add_row(Text(entry.id), Text(state.kind, style=COLOURS[state.kind]), *map(Text, cells))
+        kind = Text(state.kind, style=COLOURS[state.kind])
+        table.add_row(Text(entry.id), kind, Text(done), Text(str(state.attempts or "-")), at)
     return table
 
 

@@ -176,11 +176,10 @@ class SuiteFolder:
 
     def last_line(self, name: str, code: int) -> str:
         """What a failed attempt said last."""
+        if code < 0:
+            return f"killed by {_signal_name(-code)}{' (out of memory?)' if code == -signal.SIGKILL else ''}"
         lines = [line for line in _tail(self.log(name)).splitlines() if line.strip()]
         said = "" if not lines or lines[-1].startswith("===") else _printable(lines[-1])
-        if code < 0:
-            killed = f"killed by {_signal_name(-code)}{' (out of memory?)' if code == -signal.SIGKILL else ''}"
-            return f"{killed}; its last line: {said}" if said else killed
         return said or f"exit code {code}"
 
 
