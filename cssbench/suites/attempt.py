@@ -20,6 +20,7 @@ from cssbench.lock import FileLock
 from cssbench.results import write_json
 from cssbench.suites.folder import Entry, SuiteFolder, read_attempt
 
+ALL = "all"
 POLL = 0.2  # seconds between two looks at the process
 TRIES = 10  # at the lock: somebody who asks for the status holds it for a moment
 
@@ -27,7 +28,7 @@ TRIES = 10  # at the lock: somebody who asks for the status holds it for a momen
 class Attempt:
     """Call it to run or resume run `name` of the suite at `path`; returns the exit code, None where it was not needed.
 
-    devices: what CUDA_VISIBLE_DEVICES shall be ("" for the process's own default); None: as it is here. It is pickled
+    devices: what CUDA_VISIBLE_DEVICES shall be; ALL: not set; None: as it is where the attempt is made. It is pickled
     by submitit, which calls `checkpoint` before the run loses its machine.
     """
 
@@ -36,7 +37,7 @@ class Attempt:
         self.process: subprocess.Popen[bytes] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Attempt, (self.path, self.name, self.devices)
+        return type(self), (self.path, self.name, self.devices)
 
     def __call__(self) -> int | None:
         suite = SuiteFolder.read(self.path)
@@ -51,7 +52,7 @@ class Attempt:
             lock.release()
 
     def _run(self, suite: SuiteFolder, entry: Entry, lock: FileLock) -> int:
-        words = command(suite, entry)
+        words = self.command(suite, entry)
         number = int(read_attempt(suite.attempt(self.name)).get("attempt", 0)) + 1
         about: dict[str, Any] = {"attempt": number, "host": socket.gethostname(), "started": _now(), "command": words}
         suite.log(self.name).parent.mkdir(parents=True, exist_ok=True)
@@ -83,6 +84,20 @@ class Attempt:
             write_json(suite.attempt(self.name), about)
         return code
 
+    def command(self, suite: SuiteFolder, entry: Entry) -> list[str]:
+        """The command line that begins the run, or goes on with it."""
+        out = suite.run(entry.id)
+        python = [sys.executable, "-m"]
+        if entry.devices > 1:
+            python += ["torch.distributed.run", "--standalone", f"--nproc-per-node={entry.devices}", "-m"]
+        data = ["--data", suite.data] if suite.data else []
+        if (out / "config.toml").exists():
+            words = ["resume", str(out)]
+        else:
+            words = ["run", str(suite.recipe(entry.id)), "--out", str(out)]
+        shared = suite.path / suite.shared  # an absolute one stays as it is
+        return [*python, "cssbench", *words, *data, "--shared", str(shared)]
+
     def stop(self) -> None:
         """Have the process write its checkpoint and end; returns when it has."""
         if self.process is None or self.process.returncode is not None:
@@ -98,30 +113,17 @@ class Attempt:
         from submitit.helpers import DelayedSubmission
 
         self.stop()
-        return DelayedSubmission(Attempt(self.path, self.name, self.devices))
+        return DelayedSubmission(type(self)(self.path, self.name, self.devices))
 
     def _environment(self) -> dict[str, str]:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("SUBMITIT_")}
         environment.pop("CSSBENCH_SHARED", None)
-        if self.devices is not None:
+        environment["PYTHONSAFEPATH"] = "1"  # the code that started this, not a checkout that lies in its folder
+        if self.devices == ALL:
             environment.pop("CUDA_VISIBLE_DEVICES", None)
-            environment |= {"CUDA_VISIBLE_DEVICES": self.devices} if self.devices else {}
+        elif self.devices is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = self.devices
         return environment
-
-
-def command(suite: SuiteFolder, entry: Entry) -> list[str]:
-    """The command line that begins the run, or goes on with it."""
-    out = suite.run(entry.id)
-    python = [sys.executable, "-m"]
-    if entry.devices > 1:
-        python += ["torch.distributed.run", "--standalone", f"--nproc-per-node={entry.devices}", "-m"]
-    data = ["--data", suite.data] if suite.data else []
-    if (out / "config.toml").exists():
-        words = ["resume", str(out)]
-    else:
-        words = ["run", str(suite.recipe(entry.id)), "--out", str(out)]
-    shared = suite.path / suite.shared  # an absolute one stays as it is
-    return [*python, "cssbench", *words, *data, "--shared", str(shared)]
 
 
 def _take(lock: FileLock) -> bool:

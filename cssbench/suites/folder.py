@@ -229,12 +229,13 @@ def _logged(path: Path) -> int:
 def launching(suite: SuiteFolder) -> Iterator[None]:
     """Held while runs of the suite are started. Raises RunError when another process starts them."""
     lock = FileLock(suite.path / "launch.lock")
-    if not lock.acquire():
-        raise RunError(
-            f"Another process is starting the runs of {suite.path}. `cssbench suite status {suite.path}` shows how "
-            f"far they are; stop that process first to start them from here."
-        )
     try:
+        if not lock.acquire():
+            raise RunError(
+                f"Another process is starting the runs of {suite.path} ({lock.holder}). `cssbench suite status "
+                f"{suite.path}` shows how far they are; stop that process first to start them from here."
+            )
+        lock.sign()
         yield
     finally:
         lock.release()

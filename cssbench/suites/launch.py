@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cssbench.errors import ConfigError
+from cssbench.errors import ConfigError, RunError
 from cssbench.progress import say
-from cssbench.suites.attempt import Attempt
+from cssbench.suites.attempt import ALL, Attempt
 from cssbench.suites.folder import Entry, SuiteFolder
 from cssbench.suites.plan import in_order, makers
 
@@ -115,7 +115,7 @@ class _Lanes:
         """Wait for runs that were told to stop, which write their checkpoints first."""
         if any(self.suite.running(name) for name in self.active):
             say("Stopping: the runs write their checkpoints.")
-        while any(self.suite.running(name) for name in self.active):
+        while any(self.suite.running(name) or not job.done() for name, (_, _, job) in self.active.items()):
             time.sleep(POLL)
 
 
@@ -142,9 +142,10 @@ def _local(suite: SuiteFolder, options: Options) -> Callable[[Entry, int], Any]:
 
     def start(entry: Entry, lane: int) -> Any:
         wanted = entry.devices if options.gpus is None else options.gpus
-        chosen = [there[(lane * wanted + k) % len(there)] for k in range(wanted)] if there else []
-        inherited = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        return executor.submit(Attempt(suite.path, entry.id, ",".join(chosen) or inherited))
+        devices = os.environ.get("CUDA_VISIBLE_DEVICES", ALL)  # submitit would hide every GPU
+        if there:
+            devices = ",".join(there[(lane * wanted + k) % len(there)] for k in range(wanted))
+        return executor.submit(Attempt(suite.path, entry.id, devices))
 
     return start
 
@@ -205,8 +206,15 @@ def _array(
         return []
     executor = submitit.SlurmExecutor(folder=suite.path / "submitit" / "%j", max_num_timeout=TIMEOUTS)
     executor.update_parameters(**slurm_parameters(entries[0], options, after))
-    with executor.batch():  # an array; `map_array` would hide `Attempt.checkpoint`
-        jobs = [executor.submit(Attempt(suite.path, entry.id)) for entry in entries]
+    try:
+        with executor.batch():  # an array; `map_array` would hide `Attempt.checkpoint`
+            jobs = [executor.submit(Attempt(suite.path, entry.id)) for entry in entries]
+    except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
+        said = " ".join(str(error).split())
+        raise RunError(
+            f"sbatch refused {len(entries)} runs, the first being {entries[0].id!r}: {said} Change the options, then "
+            f"`cssbench suite resume {suite.path}`; jobs that were submitted before stay."
+        ) from None
     when = f", after {after}" if after else ""
     say(f"SLURM {jobs[0].job_id.split('_')[0]}{when}: {', '.join(entry.id for entry in entries)}")
     return list(jobs)
@@ -221,7 +229,7 @@ def slurm_parameters(entry: Entry, options: Options, after: str | None) -> dict[
         "ntasks_per_node": 1,
         "gpus_per_node": entry.devices if options.gpus is None else options.gpus,
         "cpus_per_task": options.cpus,
-        "mem_gb": options.mem_gb,
+        "mem": None if options.mem_gb is None else f"{options.mem_gb:g}GB",
         "partition": options.partition,
         "signal_delay_s": options.notice_s,
         "array_parallelism": options.jobs or ARRAY,

@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
@@ -78,6 +78,10 @@ class SuiteSpec(Section):
     oracle: OraclePart | None = None
 
 
+PARTS: dict[str, type[Section]] = {"method": MethodPart, "scenario": ScenarioPart, "model": ModelPart}
+Checked = TypeVar("Checked", bound=Section)
+
+
 @dataclass(frozen=True)
 class SuiteRun:
     """One run. `id` names its folder and depends on nothing but the run itself."""
@@ -99,10 +103,8 @@ def read_suite(name: str) -> SuiteSpec:
 
 def parse(content: dict[str, Any], source: str) -> SuiteSpec:
     """Check the content of a suite's TOML. Raises ConfigError naming the key, and the nearest one."""
-    try:
-        spec = SuiteSpec.model_validate(content)
-    except ValidationError as error:
-        raise ConfigError(explain_validation(source, error, SuiteSpec)) from None
+    content = content | {axis: _parts(content[axis], axis, source) for axis in PARTS if axis in content}
+    spec = _checked(SuiteSpec, content, source)
     for axis in ("methods", "scenarios", "models", "seeds", "orders"):
         values = getattr(spec, axis)
         if twice := [value for value in values if values.count(value) > 1]:
@@ -117,6 +119,20 @@ def parse(content: dict[str, Any], source: str) -> SuiteSpec:
     if spec.oracle:
         _refuse_axes(spec.oracle.set, f"{source}, [oracle]")
     return spec
+
+
+def _parts(table: Any, axis: str, source: str) -> Any:
+    """The tables [method.LABEL] and so on, each checked by itself so that an error names it."""
+    if not isinstance(table, dict):
+        return table
+    return {label: _checked(PARTS[axis], part, f"{source}, [{axis}.{label}]") for label, part in table.items()}
+
+
+def _checked(kind: type[Checked], content: Any, source: str) -> Checked:
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError(explain_validation(source, error, kind)) from None
 
 
 def _refuse_axes(settings: Settings, where: str) -> None:
