@@ -11,7 +11,7 @@ import suite_runs
 from report_runs import learner
 
 from cssbench.errors import RunError
-from cssbench.suites.folder import SuiteFolder, launching, missing
+from cssbench.suites.folder import SuiteFolder, launching, left_out, missing
 
 
 def made(path: Path) -> SuiteFolder:
@@ -111,6 +111,13 @@ def test_no_name_in_the_file_leads_out_of_the_folder(tmp_path: Path):
     path.write_text(path.read_text().replace('"one"', '"../../one"'))
     with pytest.raises(RunError, match="damaged"):
         SuiteFolder.read(tmp_path)
+
+
+def test_runs_that_a_smaller_suite_no_longer_names(tmp_path: Path):
+    suite = made(tmp_path)
+    for name in ("one", "gone"):
+        suite.run(name).mkdir(parents=True)
+    assert left_out(suite) == ["gone"]
 
 
 def test_a_second_process_is_refused(tmp_path: Path):

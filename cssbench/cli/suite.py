@@ -191,6 +191,7 @@ def run(
 
     Exit code 1 when a run did not finish; the others are run all the same.
     """
+    from cssbench.progress import say
     from cssbench.suites import folder as folders
     from cssbench.suites import spec
 
@@ -206,6 +207,8 @@ def run(
         [one.entry for one in planned],
     )
     with folders.launching(suite):
+        if left := folders.left_out(suite):
+            say(f"No longer in the suite, their folders stay: {', '.join(left)}")
         suite.write({one.id: one.run.config.to_toml() for one in planned})
         _launch(suite, how)
 

@@ -225,6 +225,12 @@ def _logged(path: Path) -> int:
     return 0
 
 
+def left_out(suite: SuiteFolder) -> list[str]:
+    """Runs that the folder holds and the suite does not name, as after it was cut down."""
+    folders = (path.name for path in (suite.path / "runs").glob("*") if path.is_dir())
+    return sorted(set(folders) - {entry.id for entry in suite.entries})
+
+
 @contextmanager
 def launching(suite: SuiteFolder) -> Iterator[None]:
     """Held while runs of the suite are started. Raises RunError when another process starts them."""
