@@ -54,10 +54,8 @@ def main() -> None:
         sys.exit(2)
     except KeyboardInterrupt as stop:
         number = getattr(stop, "number", signal.SIGINT)
-        print(
-            f"Stopped by {signal.Signals(number).name}. `cssbench resume DIR` goes on with a run at its last checkpoint.",
-            file=sys.stderr,
-        )
+        name = signal.Signals(number).name
+        print(f"Stopped by {name}. `cssbench resume DIR` goes on with a run at its last checkpoint.", file=sys.stderr)
         sys.exit(128 + number)
 
 
