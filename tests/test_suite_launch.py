@@ -18,7 +18,7 @@ import suite_runs
 from suite_runs import Scripted
 
 from cssbench.errors import ConfigError
-from cssbench.suites import launch
+from cssbench.suites import attempt, launch
 from cssbench.suites.attempt import ALL, Attempt
 from cssbench.suites.folder import Entry, SuiteFolder
 from cssbench.suites.launch import Options
@@ -155,6 +155,29 @@ def test_a_local_job_at_its_time_limit_is_stopped_requeued_and_goes_on(tmp_path:
     assert "Requeued job" in "".join(path.read_text() for path in (tmp_path / "submitit").rglob("*.out")) + "".join(
         path.read_text() for path in (tmp_path / "submitit").rglob("*.err")
     )
+
+
+@pytest.mark.parametrize(("executor", "graces"), [("slurm", 1), ("local", 0)])
+def test_a_slurm_job_whose_run_was_told_to_end_waits_to_be_requeued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, executor: str, graces: int
+):
+    suite = suite_runs.make(tmp_path, {"one": ("a", "wait")})
+    slept: list[float] = []
+    real = time.sleep
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if seconds == attempt.GRACE:
+            assert kinds(suite) == {"one": "stopped"}  # its lock is free by then
+            return
+        real(seconds)
+        if (suite.run("one") / "waiting").exists():
+            os.kill(json.loads(suite.attempt("one").read_text())["pid"], signal.SIGTERM)
+
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", executor)
+    monkeypatch.setattr(attempt.time, "sleep", sleep)
+    assert Scripted(suite.path, "one")() == 143
+    assert slept.count(attempt.GRACE) == graces
 
 
 FAKE_SBATCH = """#!/bin/sh

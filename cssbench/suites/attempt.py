@@ -22,6 +22,7 @@ from cssbench.suites.folder import Entry, SuiteFolder, read_attempt
 
 ALL = "all"
 POLL = 0.2  # seconds between two looks at the process
+GRACE = 600  # seconds in which SLURM takes the machine of a job whose processes it has sent SIGTERM
 TRIES = 10  # at the lock: somebody who asks for the status holds it for a moment
 
 
@@ -47,9 +48,12 @@ class Attempt:
             lock.release()
             return None
         try:
-            return self._run(suite, entry, lock)
+            code = self._run(suite, entry, lock)
         finally:
             lock.release()
+        if code == 128 + signal.SIGTERM and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
+            time.sleep(GRACE)  # pre-empted: a job that ended by itself would not be requeued
+        return code
 
     def _run(self, suite: SuiteFolder, entry: Entry, lock: FileLock) -> int:
         words = self.command(suite, entry)
