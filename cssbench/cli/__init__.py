@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 import cssbench
-from cssbench.cli import check, data, evaluate, listing, profile, published, run, scenario, score
+from cssbench.cli import check, data, evaluate, listing, profile, published, run, scenario, score, suite
 from cssbench.cli.text import plain_lines
 from cssbench.errors import CssbenchError
 
@@ -28,6 +28,7 @@ app = typer.Typer(
 )
 app.add_typer(scenario.app, name="scenario")
 app.add_typer(data.app, name="data")
+app.add_typer(suite.app, name="suite")
 run.register(app)
 evaluate.register(app)
 listing.register(app)
