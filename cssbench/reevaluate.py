@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from cssbench import checkpoint, config, recipes, validate
+from cssbench import checkpoint, config, processes, recipes, validate
 from cssbench.config import RunConfig
 from cssbench.errors import ConfigError, CssbenchError, RunError
 from cssbench.experiment import Experiment, build_experiment, derive_seed, resolve
@@ -71,6 +71,8 @@ def evaluate_again(source: Path, out: Path, changes: list[str], data: Path | Non
     done = len(before.records()) if before else 0
     if done == len(there.records()):
         return 0
+    words = ["evaluate", str(source), "--out", str(out), *(f"--set={change}" for change in changes)]
+    processes.start(wanted.train.devices, words)
     made = build_experiment(wanted, out, command)
     if made.folder.scenario != there.scenario:
         raise RunError(

@@ -1,18 +1,23 @@
 """The command line. Torch and the rest are imported inside commands, so that `--help` and `list` answer at once.
 
 Exit codes: 0 done, 1 a `--strict` check found something, 2 a user's mistake (one paragraph, no traceback), 130
-interrupted.
+interrupted. Several processes of one run end with one message, of the one that failed first.
 """
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
 import cssbench
+from cssbench import processes
 from cssbench.cli import check, data, evaluate, listing, profile, published, run, scenario, score
 from cssbench.errors import CssbenchError
 
@@ -46,13 +51,33 @@ def options(
 def main() -> None:
     """Entry point of the `cssbench` script."""
     try:
-        app()
+        with _first_speaks():
+            app()
     except CssbenchError as error:
-        Console(stderr=True).print(f"[bold red]Error:[/bold red] {_plain(str(error))}", soft_wrap=True, highlight=False)
-        sys.exit(2)
+        if processes.first_to_fail():
+            text = f"[bold red]Error:[/bold red] {_plain(str(error))}"
+            Console(stderr=True).print(text, soft_wrap=True, highlight=False)
+        processes.leave(2)
     except KeyboardInterrupt:
-        print("Interrupted. `cssbench resume DIR` goes on after the last finished step.", file=sys.stderr)
-        sys.exit(130)
+        if processes.first_to_fail():
+            print("Interrupted. `cssbench resume DIR` goes on after the last finished step.", file=sys.stderr)
+        processes.leave(130)
+    except Exception:
+        if processes.world() == 1:
+            raise
+        if processes.first_to_fail():
+            traceback.print_exc()
+        processes.leave(1)
+
+
+@contextmanager
+def _first_speaks() -> Iterator[None]:
+    """Of several processes of one run only the first prints, until one fails."""
+    if not processes.rank():
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
 
 
 def _plain(text: str) -> str:

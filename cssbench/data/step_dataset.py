@@ -83,8 +83,8 @@ class HoldoutDataset(Dataset):
 class BatchStream(Sampler[list[Key]]):
     """Micro-batches of (epoch, index): every epoch a new permutation, batches run on across epochs, none is dropped.
 
-    The order depends on (seed, n) alone. With `world` processes, process `rank` takes every world-th image of each
-    global micro-batch, so that the effective batch does not depend on the number of processes.
+    The order depends on (seed, n) alone. With `world` processes, `rank` takes every world-th micro-batch: the forward
+    passes of one optimiser step are the same whether processes make them side by side or one makes them in turn.
     """
 
     def __init__(self, n: int, seed: int, micro_batch: int, num_batches: int, rank: int = 0, world: int = 1):
@@ -100,7 +100,7 @@ class BatchStream(Sampler[list[Key]]):
         keys = self._keys()
         for _ in range(self.num_batches):
             batch = [next(keys) for _ in range(self.micro_batch * self.world)]
-            yield batch[self.rank :: self.world]
+            yield batch[self.rank * self.micro_batch : (self.rank + 1) * self.micro_batch]
 
     def _keys(self) -> Iterator[Key]:
         epoch = 0
