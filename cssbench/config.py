@@ -118,6 +118,14 @@ class CacheConfig(Section):
     max_gib: float = Field(50.0, gt=0, description="most that the folder may hold, of all encoders together")
 
 
+class CheckpointConfig(Section):
+    """When a step in training is saved, so that `cssbench resume` goes on inside it (docs/resume.md). A signal to stop
+    always saves."""
+
+    minutes: float | None = Field(10.0, gt=0, description="save so often; None: not by time")
+    iterations: PositiveInt | None = Field(None, description="save after so many iterations; None: not by count")
+
+
 class OptimConfig(Section):
     """Optimiser and schedule. Rates with a `later_` twin use it at steps t > 0."""
 
@@ -243,6 +251,7 @@ class RunConfig(Section):
     train: TrainConfig
     evaluate: EvaluateConfig = EvaluateConfig()
     cache: CacheConfig = CacheConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
 
     @model_validator(mode="after")
     def _views(self) -> RunConfig:

@@ -193,7 +193,8 @@ def shard(model: Segmenter, device: str, world: int) -> Segmenter:
     mesh = init_device_mesh(device, (world,))
     for part in model.compiled_parts():
         fully_shard(part, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
 
 
 def share_weights(fabric: Fabric, model: nn.Module) -> None:
@@ -234,10 +235,11 @@ def average_statistics(fabric: Fabric, model: nn.Module) -> None:
     if fabric.world_size == 1:
         return
     for module in model.modules():
-        if isinstance(module, _BatchNorm) and module.training and module.running_mean is not None:
+        if isinstance(module, _BatchNorm) and module.training:
             for statistic in (module.running_mean, module.running_var):
-                dist.all_reduce(statistic)
-                statistic /= fabric.world_size
+                if statistic is not None:
+                    dist.all_reduce(statistic)
+                    statistic.div_(fabric.world_size)
 
 
 def mean_terms(fabric: Fabric, terms: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -265,4 +267,4 @@ def gather(fabric: Fabric, share: dict[str, Any]) -> dict[str, Any]:
 def add_up(fabric: Fabric, counts: dict[str, int]) -> dict[str, int]:
     """Sums over the processes, which all have these names."""
     values = torch.tensor(list(counts.values()), dtype=torch.int64, device=fabric.device)
-    return dict(zip(counts, fabric.all_reduce(values, reduce_op="sum").tolist(), strict=True))
+    return dict(zip(counts, torch.as_tensor(fabric.all_reduce(values, reduce_op="sum")).tolist(), strict=True))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,10 +25,30 @@ from cssbench.data.stored import StoredDataset
 from cssbench.data.transforms import TrainTransform
 from cssbench.engine import make_fabric, micro_batch
 from cssbench.errors import ConfigError, RunError
+from cssbench.lock import FileLock
 from cssbench.method import Method
 from cssbench.models.segmenter import Segmenter
 from cssbench.results import RunFolder
 from cssbench.scenario import Scenario, Step, stems_digest
+
+
+@contextmanager
+def sole_writer(made: Experiment) -> Iterator[None]:
+    """Inside, no other process trains or evaluates into the run folder. Raises RunError where one does. All processes
+    of a distributed run call it."""
+    lock = FileLock(made.folder.path / ".lock")
+    first = made.fabric.is_global_zero
+    if not made.fabric.broadcast(lock.acquire() if first else None):
+        raise RunError(
+            f"{made.folder.path} is in use: {lock.holder} works in it. Wait until it ends, or stop it; then "
+            f"`cssbench resume {made.folder.path}` goes on."
+        )
+    if first:
+        lock.sign()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @dataclass

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import platform
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -9,7 +12,7 @@ from cssbench.errors import ConfigError
 
 
 class FileLock:
-    """A lock on `path`, an empty file that is made when it is missing and left where it is.
+    """A lock on `path`, a file that is made when it is missing and left where it is.
 
     shared: several may hold it at a time, but nobody while another holds it alone.
     """
@@ -35,6 +38,20 @@ class FileLock:
                 f"file system that knows locks."
             ) from error
         return True
+
+    def sign(self) -> None:
+        """Write into the file which process holds the lock, for `holder`."""
+        if self.file is not None:
+            self.file.truncate(0)
+            self.file.write(f"process {os.getpid()} on {platform.node()}")
+            self.file.flush()
+
+    @property
+    def holder(self) -> str:
+        """Who signed last, in words."""
+        with suppress(OSError):
+            return self.path.read_text(encoding="utf-8", errors="replace")[:200] or "another process"
+        return "another process"
 
     def release(self) -> None:
         if self.file is not None:

@@ -23,7 +23,7 @@ def size_text(number: float) -> str:
 
 
 @contextmanager
-def track(title: str, total: int) -> Iterator[Callable[..., None]]:
+def track(title: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
     """A bar with count and ETA; call the result once per item, with `note="..."` to show something beside it.
 
     Shows nothing when stderr is not a terminal.
@@ -40,5 +40,5 @@ def track(title: str, total: int) -> Iterator[Callable[..., None]]:
         console=console,
         transient=True,
     ) as bar:
-        task = bar.add_task(title, total=total, note="")
+        task = bar.add_task(title, total=total, completed=done, note="")
         yield lambda note="": bar.update(task, advance=1, note=note)

@@ -20,7 +20,7 @@ import torch
 from cssbench import checkpoint, config, processes, recipes, validate
 from cssbench.config import RunConfig
 from cssbench.errors import ConfigError, CssbenchError, RunError
-from cssbench.experiment import Experiment, build_experiment, derive_seed, resolve
+from cssbench.experiment import Experiment, build_experiment, derive_seed, resolve, sole_writer
 from cssbench.progress import say
 from cssbench.results import RunFolder, content_digest
 from cssbench.scenario import Step
@@ -80,7 +80,8 @@ def evaluate_again(source: Path, out: Path, changes: list[str], data: Path | Non
             f"{wanted.data.root}. Give the data it was trained on with --data."
         )
     made.folder.provenance |= {"evaluated_from": origin}
-    _evaluate_steps(made, there, done, new=before is None)
+    with sole_writer(made):
+        _evaluate_steps(made, there, done, new=before is None)
     return len(there.records()) - done
 
 
@@ -179,7 +180,8 @@ def _load(made: Experiment, there: RunFolder, step: Step) -> None:
 def _evaluate(made: Experiment, there: RunFolder, step: Step) -> None:
     clock, old = Clock(), there.records()[step.index].content
     found = evaluate_step(made, step)
-    save_pictures(made, step, found)
+    if made.fabric.is_global_zero:
+        save_pictures(made, step, found)
     clock.lap("evaluate")
     made.fabric.barrier()
     if made.fabric.is_global_zero:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import torch
 
 from cssbench import checkpoint
 from cssbench.data.step_dataset import BatchStream, HoldoutDataset, StepDataset, make_loader, one_pass
-from cssbench.engine import micro_batch
+from cssbench.engine import agree, micro_batch
+from cssbench.errors import RunError
 from cssbench.experiment import Experiment, derive_seed
 from cssbench.frozen import training_batches
 from cssbench.initial import start_from_initial
+from cssbench.interrupt import Signals, listening
 from cssbench.logs import StepLog
 from cssbench.method import StepContext
 from cssbench.models.segmenter import Segmenter, count_parameters, freeze_copy
@@ -23,6 +26,7 @@ from cssbench.progress import say, track
 from cssbench.protocol import DEFAULTS, get
 from cssbench.scenario import Step
 from cssbench.shared import BaseStep
+from cssbench.step_checkpoint import StepCheckpoints
 from cssbench.step_evaluation import Evaluated, evaluate_step, save_pictures
 from cssbench.trainer import fit
 
@@ -50,8 +54,13 @@ def run(made: Experiment, shared: Path | None = None) -> None:
 
     shared: a folder of base steps, from which this run's is taken, or in which it is put (`cssbench.shared`).
     """
+    with listening() as signals:
+        _run_steps(made, shared, signals)
+
+
+def _run_steps(made: Experiment, shared: Path | None, signals: Signals) -> None:
     previous: Segmenter | None = None
-    finished = len(made.folder.records())
+    finished = made.fabric.broadcast(_sound_steps(made) if made.fabric.is_global_zero else 0)
     if finished < len(made.scenario.steps):
         made.store_images()
     for step in made.scenario.steps:
@@ -63,23 +72,39 @@ def run(made: Experiment, shared: Path | None = None) -> None:
             _restore(made, step)
         else:
             with BaseStep(made, None if step.index else shared) as base:
-                _run_step(made, step, previous, base)
+                _run_step(made, step, previous, base, StepCheckpoints(made, step, signals))
         previous = freeze_copy(made.model)
+
+
+def _sound_steps(made: Experiment) -> int:
+    """How many steps are finished. Where the files of the last are damaged, it is laid aside: the one before counts."""
+    while records := made.folder.records():
+        folder = records[-1].folder
+        try:
+            made.folder.verify(records[-1])
+        except RunError as error:
+            aside = next(p for n in count(1) if not (p := folder.with_name(f"{folder.name}.damaged-{n}")).exists())
+            folder.rename(aside)
+            say(f"step {len(records) - 1}: {error} It is trained again; what was found lies in {aside}.")
+        else:
+            break
+    return len(records)
 
 
 def _restore(made: Experiment, step: Step) -> None:
     record = made.folder.records()[step.index]
-    made.folder.verify(record)
     checkpoint.load_weights(record.folder / "model.safetensors", made.model)
     made.method.load_state_dict(checkpoint.load_state(record.folder / "method.safetensors"))
     made.model.to(made.fabric.device)
     say(f"step {step.index}: finished before, weights and state restored")
 
 
-def _run_step(made: Experiment, step: Step, previous: Segmenter | None, base: BaseStep) -> None:
+def _run_step(
+    made: Experiment, step: Step, previous: Segmenter | None, base: BaseStep, checkpoints: StepCheckpoints
+) -> None:
     """Train, save, evaluate, and write the record that makes the step finished."""
     clock, fabric = Clock(), made.fabric
-    numbers = _train(made, step, previous, base, clock)
+    numbers = _train(made, step, previous, base, checkpoints, clock)
     if fabric.is_global_zero:
         folder = made.folder.step_folder(step.index)
         checkpoint.save_weights(folder / "model.safetensors", made.model)
@@ -91,24 +116,35 @@ def _run_step(made: Experiment, step: Step, previous: Segmenter | None, base: Ba
         numbers["seconds"] = {name: round(value, 3) for name, value in clock.seconds.items()}
         made.folder.finish_step(step.index, found.matrices, numbers | found.numbers | found.cached)
         seconds = f"{sum(clock.seconds.values()):.0f} s{' when trained' if base.reused else ''}"
+        checkpoints.clear()
         say(f"step {step.index}: {base.origin}{summary_line(made, step, found.matrices)}, {seconds}")
     fabric.barrier()
 
 
-def _train(made: Experiment, step: Step, previous: Segmenter | None, base: BaseStep, clock: Clock) -> dict[str, Any]:
+def _train(
+    made: Experiment,
+    step: Step,
+    previous: Segmenter | None,
+    base: BaseStep,
+    checkpoints: StepCheckpoints,
+    clock: Clock,
+) -> dict[str, Any]:
     """The method's hooks around training; returns the numbers of the step's record."""
     fabric, method, config = made.fabric, made.method, made.config
     model = made.model.to(fabric.device)
     initial = {} if step.index else start_from_initial(made)
-    torch.manual_seed(derive_seed(config.seed, "train", step.index, fabric.global_rank))
+    torch.manual_seed(derive_seed(config.seed, "train", step.index, 0))  # `start_step` draws alike on every process
     images = len(made.train_stems[step.index])
     iterations = config.train.length(step.index, images)
-    with StepLog(made.folder.path / "logs", step.index, enabled=fabric.is_global_zero) as log:
-        ctx, data, stream = _context(made, step, previous, iterations, log)
+    start = checkpoints.load()
+    with StepLog(made.folder.path / "logs", step.index, fabric.is_global_zero, start) as log:
+        ctx, data, stream = _context(made, step, previous, iterations, log, start)
         method.start_step(ctx)
+        if fabric.global_rank:  # dropout and its like do not
+            torch.manual_seed(derive_seed(config.seed, "train", step.index, fabric.global_rank))
         trainable = count_parameters(model, trainable=True)
         with training_batches(made, ctx, data, stream) as (batches, cached):
-            loss = _learn(made, ctx, batches, iterations, base, clock)
+            loss = _learn(made, ctx, batches, iterations, base, checkpoints, clock)
     return {
         "images": images,
         "iterations": iterations,
@@ -118,11 +154,18 @@ def _train(made: Experiment, step: Step, previous: Segmenter | None, base: BaseS
         **cached,
         **initial,
         **base.record,
+        **checkpoints.record,
     }
 
 
 def _learn(
-    made: Experiment, ctx: StepContext, batches: Any, iterations: int, base: BaseStep, clock: Clock
+    made: Experiment,
+    ctx: StepContext,
+    batches: Any,
+    iterations: int,
+    base: BaseStep,
+    checkpoints: StepCheckpoints,
+    clock: Clock,
 ) -> dict[str, float]:
     """`fit` and `end_step`, or what they left behind when another run trained this base step; the loss of the end."""
     fabric, method, config, step = made.fabric, made.method, made.config, ctx.step
@@ -134,15 +177,18 @@ def _learn(
         loss = found["loss"]
         clock.add("train", found["seconds"])
     else:
-        with track(f"step {step.index}/{len(made.scenario.steps) - 1}  train", iterations) as advance:
-            loss = fit(fabric, ctx, method, batches, config.optim, config.train, iterations, advance)
+        title = f"step {step.index}/{len(made.scenario.steps) - 1}  train"
+        with track(title, iterations, checkpoints.start) as advance, checkpoints.signals.watched():
+            loss = fit(fabric, ctx, method, batches, config.optim, config.train, iterations, advance, checkpoints)
         clock.lap("train")
+        clock.add("train", checkpoints.seconds)
         if base.plain:
             base.keep(loss, iterations, clock.seconds["train"] - before)
             clock.lap()
     if not found or base.plain:
-        torch.manual_seed(derive_seed(config.seed, "end", step.index, fabric.global_rank))  # as if trained here
+        torch.manual_seed(derive_seed(config.seed, "end", step.index, 0))  # as if trained here, alike on every process
         method.end_step(ctx)
+        agree(fabric, made.model, method)
         clock.lap("train")
     if not found and not base.plain:
         base.keep(loss, iterations, clock.seconds["train"] - before)
@@ -161,12 +207,13 @@ def _evaluate(made: Experiment, step: Step, base: BaseStep, clock: Clock) -> Eva
         clock.lap("evaluate")
         found.seconds = clock.seconds["evaluate"]
         base.keep_evaluation(found)
-    save_pictures(made, step, found)
+    if made.fabric.is_global_zero:
+        save_pictures(made, step, found)
     clock.lap("evaluate")
     return found
 
 
-def _context(made: Experiment, step: Step, previous: Segmenter | None, iterations: int, log: StepLog):
+def _context(made: Experiment, step: Step, previous: Segmenter | None, iterations: int, log: StepLog, start: int):
     """The step's context for the method, its training data, and the order of micro-batches for the trainer."""
     config, table = made.config, made.scenario.train_table(step)
     micro = micro_batch(config.train, made.fabric.world_size)
@@ -181,6 +228,7 @@ def _context(made: Experiment, step: Step, previous: Segmenter | None, iteration
         iterations * config.train.accumulate,
         made.fabric.global_rank,
         made.fabric.world_size,
+        start * config.train.accumulate,
     )
     workers = config.data.workers
     ctx = StepContext(

@@ -5,20 +5,28 @@ Devices, processes and mixed precision are Lightning Fabric's.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from lightning.fabric import Fabric
-from torch import Tensor
+from torch import Tensor, nn
 
 from cssbench.compiling import compiled
 from cssbench.config import OptimConfig, TrainConfig
 from cssbench.contract import check_groups, check_output, check_terms
+from cssbench.engine import average_statistics, is_sharded, load_whole_state, mean_terms, sharded, whole_state
 from cssbench.errors import ConfigError, NonFiniteLossError
 from cssbench.method import Batch, Method, StepContext
 from cssbench.models.segmenter import Segmenter
+from cssbench.sync_batchnorm import synchronised
+
+if TYPE_CHECKING:
+    from cssbench.step_checkpoint import StepCheckpoints
 
 
 def use_fused(optim: OptimConfig, train: TrainConfig) -> bool:
@@ -57,6 +65,61 @@ def rate_at(config: OptimConfig, base: float, iteration: int, total: int) -> flo
     return lr
 
 
+@dataclass
+class Training:
+    """What changes while a step trains. tail: the loss terms of the last tenth."""
+
+    fabric: Fabric
+    ctx: StepContext
+    method: Method
+    optimizer: torch.optim.Optimizer
+    tail: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it as data, on the first process. Every process calls it."""
+        mine = rng_state(self.fabric.device)
+        model, optimizer = whole_state(self.ctx.model, self.optimizer)
+        return {
+            "model": model,
+            "optimizer": optimizer,
+            "precision": self.fabric.strategy.precision.state_dict(),
+            "method": self.method.state_dict(),
+            "tail": self.tail,
+            "rng": [self.fabric.broadcast(mine, rank) for rank in range(self.fabric.world_size)],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """After the method's `start_step`, which makes what is in no state. With another number of processes random
+        numbers go on as they are."""
+        load_whole_state(self.ctx.model, self.optimizer, state["model"], state["optimizer"])
+        self.fabric.strategy.precision.load_state_dict(state["precision"])
+        self.method.load_state_dict(state["method"])
+        self.tail = {name: [v.to(self.fabric.device) for v in values] for name, values in state["tail"].items()}
+        if len(state["rng"]) == self.fabric.world_size:
+            set_rng_state(state["rng"][self.fabric.global_rank], self.fabric.device)
+
+
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """The global random generators of this process, as data: torch's of the CPU and of `device`, numpy's, Python's."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    found = {
+        "torch": torch.get_rng_state(),
+        "numpy": [str(kind), torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],  # type: ignore
+        "python": random.getstate(),
+    }
+    return found | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
+    """Undo of `rng_state`; a generator that is not in `state` stays as it is."""
+    torch.set_rng_state(state["torch"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    random.setstate(state["python"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
 def fit(
     fabric: Fabric,
     ctx: StepContext,
@@ -66,17 +129,24 @@ def fit(
     train: TrainConfig,
     iterations: int,
     on_iteration: Callable[[], None] = lambda: None,
+    checkpoints: StepCheckpoints | None = None,
 ) -> dict[str, float]:
     """Train one step for `iterations` optimiser steps; returns the means of the loss terms over the last tenth.
 
-    batches: an endless or long enough stream of micro-batches, `train.accumulate` of them per optimiser step.
-    Raises NonFiniteLossError, naming the images of the batch; PluginError where the method breaks its interface.
+    batches: an endless or long enough stream of micro-batches, `train.accumulate` of them per optimiser step, from the
+    iteration on with which `checkpoints` go on.
+    Raises Interrupted after a signal to stop; NonFiniteLossError, naming the images of the batch; PluginError where the
+    method breaks its interface.
     """
     with ExitStack() as stack:
+        stack.enter_context(sharded(fabric, ctx, train))
         models = [ctx.model, ctx.previous if method.uses_previous else None]
         stack.enter_context(channels_last(models, train.channels_last))
         stack.enter_context(compiled(models, train.compile))
-        return _fit(fabric, ctx, method, batches, optim, train, iterations, on_iteration)
+        stack.enter_context(synchronised(ctx.model, train.sync_batchnorm and fabric.world_size > 1))
+        loss = _fit(fabric, ctx, method, batches, optim, train, iterations, on_iteration, checkpoints)
+        average_statistics(fabric, ctx.model)
+        return loss
 
 
 def _fit(
@@ -88,22 +158,24 @@ def _fit(
     train: TrainConfig,
     iterations: int,
     on_iteration: Callable[[], None],
+    checkpoints: StepCheckpoints | None,
 ) -> dict[str, float]:
     groups, fused = check_groups(method, method.param_groups(ctx)), use_fused(optim, train)
-    module, optimizer = fabric.setup(ctx.model, make_optimizer(optim, groups, ctx.step.index, fused))
+    training = Training(fabric, ctx, method, make_optimizer(optim, groups, ctx.step.index, fused))
+    module, optimizer = fabric.setup(LossPass(fabric, ctx, method, train), training.optimizer)
     ctx.model.train()
+    accumulates = not is_sharded(ctx.model)  # sharded gradients are added up as shares, pass by pass
     stream = iter(batches)
-    tail: dict[str, list[Tensor]] = {}
-    for iteration in range(iterations):
+    for iteration in range(checkpoints.restore(training) if checkpoints else 0, iterations):
         ctx.iteration = iteration
-        for group in optimizer.param_groups:
+        for group in training.optimizer.param_groups:
             group["lr"] = rate_at(optim, group["base_lr"], iteration, iterations)
         terms: dict[str, Tensor] = {}
         checks = []
         for micro in range(train.accumulate):
-            with fabric.no_backward_sync(module, enabled=micro < train.accumulate - 1):
+            with fabric.no_backward_sync(module, enabled=accumulates and micro < train.accumulate - 1):
                 loaded = next(stream)
-                found = forward(fabric, ctx, module, method, loaded, train)
+                found = forward(fabric, module, loaded, train)
                 total = torch.stack(list(found.values())).sum() / train.accumulate
                 checks.append(FiniteCheck(total, found, loaded["names"]))
                 fabric.backward(total)
@@ -115,14 +187,22 @@ def _fit(
             fabric.clip_gradients(module, optimizer, max_norm=optim.clip, error_if_nonfinite=False)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if iteration >= iterations - max(1, iterations // 10):
+        at_end = iteration >= iterations - max(1, iterations // 10)
+        logged = iteration % train.log_every == 0 or iteration == iterations - 1
+        if at_end or logged:
+            terms = mean_terms(fabric, terms)
+        if at_end:
             for name, value in terms.items():
-                tail.setdefault(name, []).append(value)
-        if iteration % train.log_every == 0 or iteration == iterations - 1:
-            _log(ctx, terms, optimizer.param_groups[0]["lr"])
+                training.tail.setdefault(name, []).append(value)
+        if logged:
+            _log(ctx, terms, training.optimizer.param_groups[0]["lr"])
         on_iteration()
+        if checkpoints:
+            checkpoints.after(iteration + 1, iterations, training)
     ctx.iteration = iterations
-    return {name: float(torch.stack(values).mean()) for name, values in tail.items()}
+    if checkpoints:
+        checkpoints.end(iterations, training)
+    return {name: float(torch.stack(values).mean()) for name, values in training.tail.items()}
 
 
 def _log(ctx: StepContext, terms: dict[str, Tensor], rate: float) -> None:
@@ -168,24 +248,41 @@ class FiniteCheck:
             )
 
 
-def forward(
-    fabric: Fabric, ctx: StepContext, module: Any, method: Method, loaded: dict[str, Any], train: TrainConfig
-) -> dict[str, Tensor]:
-    """One forward pass (and the previous model's, without gradients): the method's loss terms.
-
-    The previous model runs under `no_grad`, in the eval mode that `freeze_copy` gave it. Not under `inference_mode`: a
-    loss such as (new * old).sum() saves `old` for its backward pass, which torch refuses for an inference tensor.
-    """
+def forward(fabric: Fabric, module: Any, loaded: dict[str, Any], train: TrainConfig) -> dict[str, Tensor]:
+    """One pass of `module`, a `LossPass` as Fabric set it up: the method's loss terms."""
     images = loaded["images"]  # or, from `frozen.EncodedBatches`, on the device already, what the encoder made of them
     if isinstance(images, Tensor):
         layout = torch.channels_last if train.channels_last else torch.preserve_format
         images = images.to(fabric.device, non_blocking=True, memory_format=layout)
-    labels = loaded["labels"].to(fabric.device, non_blocking=True)
-    previous = None
-    if ctx.previous is not None and method.uses_previous:
-        half = torch.autocast(fabric.device.type, torch.bfloat16)
-        with torch.no_grad(), half if train.teacher_precision == "bf16" else fabric.autocast():
-            previous = ctx.previous(images)
-    output = check_output(ctx.model, module(images, **ctx.model.training_inputs(labels)))
-    seen = images if isinstance(images, Tensor) else None
-    return check_terms(method, method.loss(ctx, Batch(seen, labels, output, previous, list(loaded["names"]))))
+    return module(images, loaded["labels"].to(fabric.device, non_blocking=True), list(loaded["names"]))
+
+
+class LossPass(nn.Module):
+    """The model's forward pass (and the previous model's, without gradients) and the method's loss terms, as one
+    module: what DDP wraps then ends in the loss, and shows which parameters get a gradient.
+
+    The previous model runs under `no_grad`, in the eval mode that `freeze_copy` gave it. Not under `inference_mode`: a
+    loss such as (new * old).sum() saves `old` for its backward pass, which torch refuses for an inference tensor.
+    """
+
+    def __init__(self, fabric: Fabric, ctx: StepContext, method: Method, train: TrainConfig):
+        super().__init__()
+        self.fabric, self.ctx, self.method = fabric, ctx, method
+        self.teacher_half = train.teacher_precision == "bf16"
+        self.model = ctx.model
+
+    def forward(self, images: Any, labels: Tensor, names: list[str]) -> dict[str, Tensor]:
+        """Called under Fabric's autocast, out of which the loss is taken."""
+        ctx, method, kind = self.ctx, self.method, self.fabric.device.type
+        previous = None
+        if ctx.previous is not None and method.uses_previous:
+            half = torch.autocast(kind, torch.bfloat16)
+            with torch.no_grad(), half if self.teacher_half else nullcontext():
+                previous = ctx.previous(images)
+        with torch.autocast(kind, enabled=False):
+            inputs = self.model.training_inputs(labels)
+        output = check_output(self.model, self.model(images, **inputs))
+        output = self.fabric.strategy.precision.convert_output(output)
+        seen = images if isinstance(images, Tensor) else None
+        with torch.autocast(kind, enabled=False):
+            return check_terms(method, method.loss(ctx, Batch(seen, labels, output, previous, names)))

@@ -1,12 +1,13 @@
 """The command line. Torch and the rest are imported inside commands, so that `--help` and `list` answer at once.
 
 Exit codes: 0 done, 1 a `--strict` check found something, 2 a user's mistake (one paragraph, no traceback), 130
-interrupted. Several processes of one run end with one message, of the one that failed first.
+and 143 stopped by SIGINT and SIGTERM. Several processes of one run end with one message, of the one that failed first.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -58,10 +59,13 @@ def main() -> None:
             text = f"[bold red]Error:[/bold red] {_plain(str(error))}"
             Console(stderr=True).print(text, soft_wrap=True, highlight=False)
         processes.leave(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        number = getattr(stop, "number", signal.SIGINT)
         if processes.first_to_fail():
-            print("Interrupted. `cssbench resume DIR` goes on after the last finished step.", file=sys.stderr)
-        processes.leave(130)
+            name = signal.Signals(number).name
+            remedy = "`cssbench resume DIR` goes on with a run at its last checkpoint."
+            print(f"Stopped by {name}. {remedy}", file=sys.stderr)
+        processes.leave(128 + number)
     except Exception:
         if processes.world() == 1:
             raise

@@ -66,19 +66,20 @@ def start_run(
     places: dict[str, Any] = {"--out": out, "--data": data, "--shared": shared, "--model": model}
     words = [str(word) for option in places.items() if option[1] is not None for word in option]
     processes.start(wanted.train.devices, ["run", recipe, *words, *(f"--set={change}" for change in changes)])
-    from cssbench.experiment import build_experiment, resolve
+    from cssbench.experiment import build_experiment, resolve, sole_writer
     from cssbench.task_loop import run as run_steps
 
     made = build_experiment(resolve(wanted), out, provenance.this_command())
-    if made.fabric.is_global_zero:
-        made.folder.create()
-    made.fabric.barrier()
-    try:
-        run_steps(made, shared)
-    except (ConfigError, DataError, ModelError, PluginError):
-        if made.fabric.is_global_zero and not made.folder.records():
-            shutil.rmtree(out)  # a mistake seen late: leave nothing, so that the same --out can be used again
-        raise
+    with sole_writer(made):
+        if made.fabric.is_global_zero:
+            made.folder.create()
+        made.fabric.barrier()
+        try:
+            run_steps(made, shared)
+        except (ConfigError, DataError, ModelError, PluginError):
+            if made.fabric.is_global_zero and not made.folder.records():
+                shutil.rmtree(out)  # a mistake seen late: leave nothing, so that the same --out can be used again
+            raise
 
 
 def _refuse_existing(out: Path, wanted: Any) -> None:
@@ -104,7 +105,7 @@ def _differences(a: Any, b: Any, path: str = "") -> list[str]:
 def resume(
     folder: Annotated[Path, typer.Argument(help="Run folder.")], data: Data = None, shared: Shared = None
 ) -> None:
-    """Go on with a run after its last finished step. A finished run is left as it is."""
+    """Go on with a run where it stopped, inside a step too. A finished run is left as it is."""
     resume_run(folder, data, shared)
 
 
@@ -118,13 +119,15 @@ def resume_run(folder: Path, data: Path | None, shared: Path | None = None) -> N
     places: dict[str, Any] = {"--data": data, "--shared": shared}
     words = [str(word) for option in places.items() if option[1] is not None for word in option]
     processes.start(there.config.train.devices, ["resume", str(folder), *words])
-    from cssbench.experiment import build_experiment
+    from cssbench.experiment import build_experiment, sole_writer
     from cssbench.task_loop import run as run_steps
 
     config = there.config
     if data is not None:
         config = config.model_copy(update={"data": config.data.model_copy(update={"root": str(data.resolve())})})
-    run_steps(build_experiment(config, folder), shared)
+    made = build_experiment(config, folder)
+    with sole_writer(made):
+        run_steps(made, shared)
 
 
 def status(folder: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:

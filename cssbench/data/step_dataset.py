@@ -83,24 +83,28 @@ class HoldoutDataset(Dataset):
 class BatchStream(Sampler[list[Key]]):
     """Micro-batches of (epoch, index): every epoch a new permutation, batches run on across epochs, none is dropped.
 
-    The order depends on (seed, n) alone. With `world` processes, `rank` takes every world-th micro-batch: the forward
-    passes of one optimiser step are the same whether processes make them side by side or one makes them in turn.
+    The order depends on (seed, n) alone. The first `skip` of the `num_batches` are left out. With `world` processes,
+    `rank` takes every world-th micro-batch: the forward passes of one optimiser step are the same whether processes
+    make them side by side or one makes them in turn.
     """
 
-    def __init__(self, n: int, seed: int, micro_batch: int, num_batches: int, rank: int = 0, world: int = 1):
+    def __init__(
+        self, n: int, seed: int, micro_batch: int, num_batches: int, rank: int = 0, world: int = 1, skip: int = 0
+    ):
         if n < 1:
             raise ValueError("an endless stream needs at least one image")
         self.n, self.seed, self.micro_batch, self.num_batches = n, seed, micro_batch, num_batches
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.skip = rank, world, skip
 
     def __len__(self) -> int:
-        return self.num_batches
+        return self.num_batches - self.skip
 
     def __iter__(self) -> Iterator[list[Key]]:
         keys = self._keys()
-        for _ in range(self.num_batches):
+        for number in range(self.num_batches):
             batch = [next(keys) for _ in range(self.micro_batch * self.world)]
-            yield batch[self.rank * self.micro_batch : (self.rank + 1) * self.micro_batch]
+            if number >= self.skip:
+                yield batch[self.rank * self.micro_batch : (self.rank + 1) * self.micro_batch]
 
     def _keys(self) -> Iterator[Key]:
         epoch = 0
@@ -116,7 +120,7 @@ def one_pass(n: int, batch: int) -> list[list[Key]]:
 
 
 def make_loader(dataset: Dataset, batches: Any, workers: int, collate: Any = None) -> DataLoader:
-    """A loader over explicit batches; items come as {"images": (B,3,S,S), "labels": (B,S,S), "names": [...]}, or as
+    """A loader over explicit batches, which draws nothing from the global random generator; items come as {"images": (B,3,S,S), "labels": (B,S,S), "names": [...]}, or as
     `collate` makes them of a list of the dataset's."""
     return DataLoader(
         dataset,
@@ -124,6 +128,7 @@ def make_loader(dataset: Dataset, batches: Any, workers: int, collate: Any = Non
         num_workers=workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),
         multiprocessing_context=worker_context(workers),
     )
 
