@@ -167,6 +167,11 @@ class TrainConfig(Section):
         description="of several processes: each holds the whole model (ddp; auto), or a share of it and of the "
         "optimiser's state while a step trains the encoder (fsdp)",
     )
+    mask_count: Literal["pass", "processes"] = Field(
+        "pass",
+        description="number of masks by which SegViT's mask losses are divided: that of a pass, or its mean over the "
+        "processes (public code; then the result depends on their number)",
+    )
     sync_batchnorm: bool = Field(
         False, description="BatchNorm normalises over the images of all processes at once, not of each alone"
     )

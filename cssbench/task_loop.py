@@ -133,15 +133,13 @@ def _train(
     fabric, method, config = made.fabric, made.method, made.config
     model = made.model.to(fabric.device)
     initial = {} if step.index else start_from_initial(made)
-    torch.manual_seed(derive_seed(config.seed, "train", step.index, 0))  # `start_step` draws alike on every process
+    torch.manual_seed(derive_seed(config.seed, "train", step.index, 0))  # alike on every process, as all numbers drawn
     images = len(made.train_stems[step.index])
     iterations = config.train.length(step.index, images)
     start = checkpoints.load()
     with StepLog(made.folder.path / "logs", step.index, fabric.is_global_zero, start) as log:
         ctx, data, stream = _context(made, step, previous, iterations, log, start)
         method.start_step(ctx)
-        if fabric.global_rank:  # dropout and its like do not
-            torch.manual_seed(derive_seed(config.seed, "train", step.index, fabric.global_rank))
         trainable = count_parameters(model, trainable=True)
         with training_batches(made, ctx, data, stream) as (batches, cached):
             loss = _learn(made, ctx, batches, iterations, base, checkpoints, clock)
@@ -179,7 +177,8 @@ def _learn(
     else:
         title = f"step {step.index}/{len(made.scenario.steps) - 1}  train"
         with track(title, iterations, checkpoints.start) as advance, checkpoints.signals.watched():
-            loss = fit(fabric, ctx, method, batches, config.optim, config.train, iterations, advance, checkpoints)
+            seed = derive_seed(config.seed, "passes", step.index)
+            loss = fit(fabric, ctx, method, batches, config.optim, config.train, iterations, advance, checkpoints, seed)
         clock.lap("train")
         clock.add("train", checkpoints.seconds)
         if base.plain:

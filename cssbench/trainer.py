@@ -23,10 +23,14 @@ from cssbench.engine import average_statistics, is_sharded, load_whole_state, me
 from cssbench.errors import ConfigError, NonFiniteLossError
 from cssbench.method import Batch, Method, StepContext
 from cssbench.models.segmenter import Segmenter
+from cssbench.models.segvit import masks_counted_over_processes
 from cssbench.sync_batchnorm import synchronised
 
 if TYPE_CHECKING:
     from cssbench.step_checkpoint import StepCheckpoints
+
+
+SPREAD = 0x9E3779B97F4A7C15  # odd, so that no two passes have the same seed
 
 
 def use_fused(optim: OptimConfig, train: TrainConfig) -> bool:
@@ -130,9 +134,12 @@ def fit(
     iterations: int,
     on_iteration: Callable[[], None] = lambda: None,
     checkpoints: StepCheckpoints | None = None,
+    seed: int = 0,
 ) -> dict[str, float]:
     """Train one step for `iterations` optimiser steps; returns the means of the loss terms over the last tenth.
 
+    seed: what is drawn in a forward pass (dropout and its like) depends on it and on the number of the pass alone, not
+    on which process makes it.
     batches: an endless or long enough stream of micro-batches, `train.accumulate` of them per optimiser step, from the
     iteration on with which `checkpoints` go on.
     Raises Interrupted after a signal to stop; NonFiniteLossError, naming the images of the batch; PluginError where the
@@ -143,8 +150,9 @@ def fit(
         models = [ctx.model, ctx.previous if method.uses_previous else None]
         stack.enter_context(channels_last(models, train.channels_last))
         stack.enter_context(compiled(models, train.compile))
+        stack.enter_context(masks_counted_over_processes(train.mask_count == "processes" and fabric.world_size > 1))
         stack.enter_context(synchronised(ctx.model, train.sync_batchnorm and fabric.world_size > 1))
-        loss = _fit(fabric, ctx, method, batches, optim, train, iterations, on_iteration, checkpoints)
+        loss = _fit(fabric, ctx, method, batches, optim, train, iterations, on_iteration, checkpoints, seed)
         average_statistics(fabric, ctx.model)
         return loss
 
@@ -159,6 +167,7 @@ def _fit(
     iterations: int,
     on_iteration: Callable[[], None],
     checkpoints: StepCheckpoints | None,
+    seed: int,
 ) -> dict[str, float]:
     groups, fused = check_groups(method, method.param_groups(ctx)), use_fused(optim, train)
     training = Training(fabric, ctx, method, make_optimizer(optim, groups, ctx.step.index, fused))
@@ -175,6 +184,8 @@ def _fit(
         for micro in range(train.accumulate):
             with fabric.no_backward_sync(module, enabled=accumulates and micro < train.accumulate - 1):
                 loaded = next(stream)
+                turn = (iteration * train.accumulate + micro) * fabric.world_size + fabric.global_rank
+                torch.manual_seed((seed + turn * SPREAD) % 2**63)
                 found = forward(fabric, module, loaded, train)
                 total = torch.stack(list(found.values())).sum() / train.accumulate
                 checks.append(FiniteCheck(total, found, loaded["names"]))
@@ -270,6 +281,7 @@ class LossPass(nn.Module):
         self.fabric, self.ctx, self.method = fabric, ctx, method
         self.teacher_half = train.teacher_precision == "bf16"
         self.model = ctx.model
+        self.idle = nn.Parameter(torch.zeros(1))  # without one that gets no gradient, DDP warns that it looked for any
 
     def forward(self, images: Any, labels: Tensor, names: list[str]) -> dict[str, Tensor]:
         """Called under Fabric's autocast, out of which the loss is taken."""

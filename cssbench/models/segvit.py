@@ -7,6 +7,8 @@ no score reaches the evaluation's threshold.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -285,9 +287,23 @@ def atm_terms(
     return terms
 
 
+_over_processes: ContextVar[bool] = ContextVar("over_processes", default=False)
+
+
+@contextmanager
+def masks_counted_over_processes(enabled: bool) -> Iterator[None]:
+    """Inside, `atm_terms` divides by the mean number of masks over the processes, as the public code does; else by that
+    of the pass in hand, and an optimiser step is the same on any number of processes (`train.mask_count`)."""
+    token = _over_processes.set(enabled)
+    try:
+        yield
+    finally:
+        _over_processes.reset(token)
+
+
 def mean_over_processes(value: Tensor) -> Tensor:
-    """`value` averaged over the processes of a distributed run (itself in a single one)."""
-    if dist.is_available() and dist.is_initialized():
+    """`value`, averaged over the processes of a run where `masks_counted_over_processes` asks for it."""
+    if _over_processes.get():
         value = value.clone()
         dist.all_reduce(value)
         value = value / dist.get_world_size()
