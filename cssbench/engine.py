@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from inspect import signature
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from cssbench import processes
 from cssbench.config import TrainConfig
@@ -26,6 +29,10 @@ from cssbench.method import Method, StepContext
 from cssbench.models.segmenter import Segmenter
 
 TIMEOUT = timedelta(hours=2)  # of a process that waits: the first one may store all images while the others do
+
+
+DDP_OPTIONS = signature(DistributedDataParallel).parameters
+OWN_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in DDP_OPTIONS else "broadcast_buffers"  # renamed
 
 
 def make_fabric(config: TrainConfig) -> Fabric:
@@ -46,10 +53,12 @@ def make_fabric(config: TrainConfig) -> Fabric:
         fabric = Fabric(devices=1, plugins=[LightningEnvironment()], **options)
     else:
         _check_gpus(config, local)
+        logging.getLogger("lightning.fabric.utilities.distributed").setLevel(logging.WARNING)  # no word per process
+        ddp: dict[str, Any] = {"find_unused_parameters": True, OWN_BUFFERS: False}
         fabric = Fabric(
             devices=local,
             num_nodes=world // local,
-            strategy=Strategy(find_unused_parameters=True, broadcast_buffers=False, timeout=TIMEOUT),
+            strategy=Strategy(timeout=TIMEOUT, **ddp),
             plugins=[TorchElasticEnvironment()],
             **options,
         )
