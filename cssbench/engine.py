@@ -163,10 +163,13 @@ def _whole(value: Any, keep: bool) -> Any:
 
 
 def _like(value: Any, target: Any) -> Any:
-    """A whole tensor, cut into the shares of `target` where that is sharded and of its shape."""
-    if isinstance(target, DTensor) and isinstance(value, Tensor) and value.shape == target.shape:
+    """A whole tensor of the shape of `target`, cut into its shares where that is sharded, and laid out in memory as it
+    is: fused optimisers pair numbers by their place."""
+    if not (isinstance(value, Tensor) and isinstance(target, Tensor) and value.shape == target.shape):
+        return value
+    if isinstance(target, DTensor):
         return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
-    return value
+    return torch.empty_like(target, dtype=value.dtype, device=value.device, requires_grad=False).copy_(value)
 
 
 @contextmanager

@@ -38,14 +38,14 @@ def sole_writer(made: Experiment) -> Iterator[None]:
     of a distributed run call it."""
     lock = FileLock(made.folder.path / ".lock")
     first = made.fabric.is_global_zero
-    if not made.fabric.broadcast(lock.acquire() if first else None):
-        raise RunError(
-            f"{made.folder.path} is in use: {lock.holder} works in it. Wait until it ends, or stop it; then "
-            f"`cssbench resume {made.folder.path}` goes on."
-        )
-    if first:
-        lock.sign()
     try:
+        if not made.fabric.broadcast(lock.acquire() if first else None):
+            raise RunError(
+                f"{made.folder.path} is in use: {lock.holder} works in it. Wait until it ends, or stop it; then "
+                f"`cssbench resume {made.folder.path}` goes on."
+            )
+        if first:
+            lock.sign()
         yield
     finally:
         lock.release()

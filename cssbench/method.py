@@ -96,7 +96,11 @@ class Method:
         """After training, before the model is saved, copied and evaluated."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next step needs beside the model: tensors, numbers, strings, lists and dicts of them."""
+        """What the next step needs beside the model: tensors, numbers, strings, lists and dicts of them.
+
+        Also asked for within a step, when a checkpoint is written: what `loss` changes belongs into it. What
+        `start_step` makes need not: a step that is resumed begins with `start_step`, then loads the state.
+        """
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

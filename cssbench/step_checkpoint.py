@@ -1,8 +1,8 @@
 """Checkpoints inside a step: from the newest sound one, training goes on to the bits of a run that never stopped.
 
 steps/<t>/training/
-  <iteration>.safetensors   what `trainer.Training.state_dict` returns: weights, optimiser, loss scale, random numbers of
-                            every process, the method's state, the loss so far
+  <iteration>.safetensors   what `trainer.Training.state_dict` returns: weights, optimiser, loss scale, random numbers
+                            of every process, the method's state, the loss so far
   <iteration>.json          iteration, SHA-256 of the file above, processes, seconds so far, who wrote it; written last
 The newest two are kept while the step trains. They go when the step is finished.
 """
@@ -96,8 +96,8 @@ class StepCheckpoints:
         return self.start
 
     def after(self, done: int, total: int, training: Training) -> None:
-        """Called after every iteration, `done` of `total`: saves where it is due. Raises Interrupted when a signal came;
-        then it has saved too."""
+        """Called after every iteration, `done` of `total`: saves where it is due. Raises Interrupted when a signal
+        came; then it has saved too."""
         wanted = self.signals.received or (SAVE if self._due(done) else 0)
         if self.fabric.world_size > 1:
             if done % self.every and not self._by_count(done):  # agreeing makes a GPU wait

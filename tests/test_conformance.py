@@ -244,6 +244,19 @@ class CountsSteps(Good):
         self.count += 1
 
 
+class CountsIterations(Good):
+    """Weighs the loss by the number of passes in this step, which is in no state."""
+
+    count = 0
+
+    def start_step(self, ctx):
+        self.count = 0
+
+    def loss(self, ctx, batch):
+        self.count += 1
+        return {name: self.count * term for name, term in super().loss(ctx, batch).items()}
+
+
 class NewClassesOnly(Good):
     """A mean over no pixel is NaN."""
 
@@ -300,6 +313,7 @@ VIOLATIONS = [
     ("state", KeepsFunction, "Path"),
     ("round trip", LosesState, r"state_dict\(\)\['count'\] is not what"),
     ("resume", CountsSteps, "resumed after step 0, step 1 ends with another"),
+    ("resume inside", CountsIterations, "stopped inside step 2 and resumed, step 2 ends with another"),
     ("odd batches", NewClassesOnly, "only background: the term 'ce' is not finite"),
     ("half precision", Overflows, "bfloat16: the term 'log' is not finite"),
     ("plain base", NotPlain, "differs from what the model's own loss alone gives"),

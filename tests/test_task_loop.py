@@ -178,14 +178,21 @@ def test_resume_skips_finished_steps(finished: RunFolder, tmp_path: Path):
     assert times == [r.folder.joinpath("record.json").stat().st_mtime_ns for r in copy.records()]
 
 
-def test_a_changed_checkpoint_is_refused(finished: RunFolder, tmp_path: Path):
+def test_a_damaged_last_step_is_laid_aside_and_trained_again(
+    finished: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     shutil.copytree(finished.path, tmp_path / "copy")
     copy = RunFolder.read(tmp_path / "copy")
     shutil.rmtree(copy.step_folder(2))
     path = copy.step_folder(1) / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\1")
-    with pytest.raises(Exception, match="does not match its checksum"):
-        run(build_experiment(copy.config, copy.path))
+    path_content = path.read_bytes()[:-4] + b"\0\0\0\1"
+    path.write_bytes(path_content)
+    run(build_experiment(copy.config, copy.path))
+    same_results(finished, copy)
+    assert (copy.path / "steps" / "01.damaged-1" / "model.safetensors").read_bytes() == path_content
+    said = capsys.readouterr().err
+    assert "does not match its checksum" in said
+    assert "01.damaged-1" in said
 
 
 def test_resume_on_other_data_is_refused(finished: RunFolder, tmp_path: Path):

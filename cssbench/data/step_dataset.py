@@ -83,9 +83,14 @@ class HoldoutDataset(Dataset):
 class BatchStream(Sampler[list[Key]]):
     """Micro-batches of (epoch, index): every epoch a new permutation, batches run on across epochs, none is dropped.
 
-    The order depends on (seed, n) alone. The first `skip` of the `num_batches` are left out. With `world` processes,
-    `rank` takes every world-th micro-batch: the forward passes of one optimiser step are the same whether processes
-    make them side by side or one makes them in turn.
+        The order depends on (seed, n) alone. The first `skip` of the `num_batches` are left out. With `world` processes,
+    <<<<<<< HEAD
+        `rank` takes every world-th micro-batch: the forward passes of one optimiser step are the same whether processes
+        make them side by side or one makes them in turn.
+    =======
+        process `rank` takes every world-th image of each global micro-batch, so that the effective batch does not depend on
+        the number of processes.
+    >>>>>>> 9a04e5b6184190f8e576a114dde253aebc1c61b6
     """
 
     def __init__(
@@ -120,8 +125,8 @@ def one_pass(n: int, batch: int) -> list[list[Key]]:
 
 
 def make_loader(dataset: Dataset, batches: Any, workers: int, collate: Any = None) -> DataLoader:
-    """A loader over explicit batches, which draws nothing from the global random generator; items come as {"images": (B,3,S,S), "labels": (B,S,S), "names": [...]}, or as
-    `collate` makes them of a list of the dataset's."""
+    """A loader over explicit batches, which draws nothing from the global random generator. Items come as
+    {"images": (B,3,S,S), "labels": (B,S,S), "names": [...]}, or as `collate` makes them of a list of the dataset's."""
     return DataLoader(
         dataset,
         batch_sampler=batches,

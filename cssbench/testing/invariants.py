@@ -19,6 +19,7 @@ from cssbench.config import Section, plain
 from cssbench.errors import ConfigError
 from cssbench.method import Method
 from cssbench.testing.rig import STEPS, Refused, Rig, Trace
+from cssbench.testing.watch import Stopped
 
 HOOKS = ("start_step", "param_groups", "loss", "end_step", "state_dict", "load_state_dict")
 
@@ -214,6 +215,17 @@ def _resume(subject: Subject) -> None:
         trace = subject.run(source=whole.folder, keep=keep)
         rest = replace(whole, weights=whole.weights[keep:], states=whole.states[keep:])
         _equal(rest, trace, f"resumed after step {keep - 1},", first=keep)
+
+
+@invariant("resume inside", "resumed from a checkpoint inside a step, a run ends as an uninterrupted one, bit for bit")
+def _resume_inside(subject: Subject) -> None:
+    whole, step = subject.plain_run, STEPS - 1
+    stopped = subject.run(stop=(step, 1))
+    if not isinstance(stopped.error, Stopped):
+        raise Violation(f"stopped inside step {step}, {stopped.error_at} raised {stopped.error}")
+    trace = subject.run(source=stopped.folder, keep=STEPS)
+    rest = replace(whole, weights=whole.weights[step:], states=whole.states[step:])
+    _equal(rest, trace, f"stopped inside step {step} and resumed,", first=step)
 
 
 _watched("odd batches", "finite losses and gradients: only background, only ignored, one class, not square", probe=True)

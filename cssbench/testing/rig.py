@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cssbench import config, progress
+from cssbench.config import CheckpointConfig
 from cssbench.errors import CssbenchError
 from cssbench.experiment import Experiment, build_experiment, resolve
 from cssbench.method import Method
@@ -96,18 +97,26 @@ class Rig:
             "augment": {"crop": SIDE, "photometric": False, "scale": [0.8, 1.3]},
             "optim": {"lr": 2e-3, "head_lr_scale": 1.0, "clip": 5.0},
             "train": {"batch_size": 4, "iterations": [3, 2, 2], "accelerator": "cpu"},
+            "checkpoint": {"minutes": "none"},
             "evaluate": {"crop": SIDE, "short_side": SIDE, "samples": 0, "geometries": ["full"], "flops_images": 0},
         }
         self.config = resolve(config.validate(recipe, "The recipe of the conformance kit"), parts=("model",))
         self._runs = 0
 
     def run(
-        self, method: Method, change: str = "", probe: bool = False, source: Path | None = None, keep: int = 0
+        self,
+        method: Method,
+        change: str = "",
+        probe: bool = False,
+        source: Path | None = None,
+        keep: int = 0,
+        stop: tuple[int, int] | None = None,
     ) -> Trace:
         """Train and evaluate all steps, into a new run folder.
 
         change: what of the training data is replaced that no method may depend on: "labels", "images" or "both".
         probe: also feed odd batches. source, keep: go on from a copy of the first `keep` steps of that run.
+        stop: (step, iteration) at which the run is stopped, with a checkpoint of every iteration before it.
         """
         out = self.folder / f"run-{self._runs}"
         self._runs += 1
@@ -121,7 +130,9 @@ class Rig:
             if source is None:
                 made.folder.create()
             made.data = data = Altered(made, change)  # type: ignore[assignment]
-            made.method = watched = Watched(method, made, trace, data, probe)
+            made.method = watched = Watched(method, made, trace, data, probe, stop)
+            if stop is not None:
+                made.config = made.config.model_copy(update={"checkpoint": CheckpointConfig(iterations=1)})
             try:
                 run(made)
             except Exception as error:

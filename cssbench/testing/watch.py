@@ -22,14 +22,18 @@ if TYPE_CHECKING:
     from cssbench.testing.rig import Altered, Trace
 
 
+class Stopped(Exception):
+    """Ends a run inside a step, on purpose."""
+
+
 class Watched(Method):
     """Stands in for `inner` in the task loop. `where` says in which hook of which step it is."""
 
-    def __init__(self, inner: Method, made: Experiment, trace: Trace, data: Altered, probe: bool):
-        self.inner, self.made, self.trace, self.data, self.probe = inner, made, trace, data, probe
+    def __init__(self, inner: Method, made: Experiment, trace: Trace, data: Altered, probe: bool, stop: Any = None):
+        self.inner, self.made, self.trace, self.data, self.probe, self.stop = inner, made, trace, data, probe, stop
         self.config = inner.config
         self.uses_previous, self.memory = inner.uses_previous, inner.memory
-        self.where = "before the first step"
+        self.where, self.ended = "before the first step", False
         self.structure: dict[str, Any] = {}
         self.still: dict[str, Tensor] | None = None
         self.previous: dict[str, Tensor] = {}
@@ -37,7 +41,7 @@ class Watched(Method):
     # --- hooks --------------------------------------------------------------------------------------------------
 
     def start_step(self, ctx: StepContext) -> None:
-        self.data.step = ctx.step.index
+        self.data.step, self.ended = ctx.step.index, False
         self.structure = structure(ctx.model)
         self.previous = copy_of(ctx.previous)
         self.still = None
@@ -55,6 +59,8 @@ class Watched(Method):
         return groups
 
     def loss(self, ctx: StepContext, batch: Batch) -> dict[str, Tensor]:
+        if self.stop == (ctx.step.index, ctx.iteration):
+            raise Stopped
         if self.still is None:  # training starts: what is frozen now stays so
             self.still = frozen(ctx.model)
             if self.probe:
@@ -84,6 +90,7 @@ class Watched(Method):
             self._complain("width", ctx, f"the model puts out {found} scores per pixel instead of {wanted}")
         self._complain_of_samples(ctx)
         self.trace.weights.append(copy_of(ctx.model))
+        self.ended = True
 
     def state_dict(self) -> dict[str, Any]:
         state = self.inner.state_dict()
@@ -91,7 +98,8 @@ class Watched(Method):
             checkpoint.encode_state(state)
         except RunError as error:
             self.trace.complain("state", str(error))
-        self.trace.states.append(state if not isinstance(state, dict) else clone(state))
+        if self.ended:  # and not within a step, for a checkpoint
+            self.trace.states.append(state if not isinstance(state, dict) else clone(state))
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
