@@ -61,7 +61,6 @@ def main() -> None:
         processes.leave(2)
     except KeyboardInterrupt as stop:
         number = getattr(stop, "number", signal.SIGINT)
-<<<<<<< HEAD
         if processes.first_to_fail():
             name = signal.Signals(number).name
             remedy = "`cssbench resume DIR` goes on with a run at its last checkpoint."
@@ -83,11 +82,6 @@ def _first_speaks() -> Iterator[None]:
         return
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         yield
-=======
-        name = signal.Signals(number).name
-        print(f"Stopped by {name}. `cssbench resume DIR` goes on with a run at its last checkpoint.", file=sys.stderr)
-        sys.exit(128 + number)
->>>>>>> 9a04e5b6184190f8e576a114dde253aebc1c61b6
 
 
 def _plain(text: str) -> str:

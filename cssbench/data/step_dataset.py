@@ -83,14 +83,9 @@ class HoldoutDataset(Dataset):
 class BatchStream(Sampler[list[Key]]):
     """Micro-batches of (epoch, index): every epoch a new permutation, batches run on across epochs, none is dropped.
 
-        The order depends on (seed, n) alone. The first `skip` of the `num_batches` are left out. With `world` processes,
-    <<<<<<< HEAD
+    The order depends on (seed, n) alone. The first `skip` of the `num_batches` are left out. With `world` processes,
         `rank` takes every world-th micro-batch: the forward passes of one optimiser step are the same whether processes
-        make them side by side or one makes them in turn.
-    =======
-        process `rank` takes every world-th image of each global micro-batch, so that the effective batch does not depend on
-        the number of processes.
-    >>>>>>> 9a04e5b6184190f8e576a114dde253aebc1c61b6
+    make them side by side or one makes them in turn.
     """
 
     def __init__(
