@@ -84,7 +84,7 @@ class BatchStream(Sampler[list[Key]]):
     """Micro-batches of (epoch, index): every epoch a new permutation, batches run on across epochs, none is dropped.
 
     The order depends on (seed, n) alone. The first `skip` of the `num_batches` are left out. With `world` processes,
-        `rank` takes every world-th micro-batch: the forward passes of one optimiser step are the same whether processes
+    `rank` takes every world-th micro-batch: the forward passes of one optimiser step are the same whether processes
     make them side by side or one makes them in turn.
     """
 
