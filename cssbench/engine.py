@@ -204,9 +204,24 @@ def shard(model: Segmenter, device: str, world: int) -> Segmenter:
         )
     mesh = init_device_mesh(device, (world,))
     for part in model.compiled_parts():
+        part.register_forward_hook(_touch)  # before FSDP's own, which puts the weights away
         fully_shard(part, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model
+
+
+def touched(module: nn.Module) -> Tensor | float:
+    """0, as a function of every trainable parameter of `module` that is whole at the moment.
+
+    FSDP reduces the gradients that a process has, so that all must have those of the same parameters. A parameter that
+    nobody used has a gradient of 0 then, not none: weight decay still acts on it.
+    """
+    parts = [p.flatten()[0] * 0 for p in module.parameters() if p.requires_grad and not isinstance(p, DTensor)]
+    return torch.stack([part.float() for part in parts]).sum() if parts else 0.0
+
+
+def _touch(module: nn.Module, args: Any, output: Any) -> Any:
+    return output + touched(module) if isinstance(output, Tensor) and torch.is_grad_enabled() else output
 
 
 def share_weights(fabric: Fabric, model: nn.Module) -> None:

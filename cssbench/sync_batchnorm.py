@@ -9,12 +9,28 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class Sum(torch.autograd.Function):
+    """The sum of a tensor over all processes, each of which makes something of it: so are gradients summed up."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        total = gradient.clone()
+        dist.all_reduce(total)
+        return total
 
 
 @contextmanager
@@ -35,10 +51,10 @@ def _forward(module: _BatchNorm, alone: Callable[[Tensor], Tensor], values: Tens
         return alone(values)
     world, axes = dist.get_world_size(), [axis for axis in range(values.ndim) if axis != 1]
     full = values.float()
-    mean = all_reduce(full.mean(axes)) / world
+    mean = Sum.apply(full.mean(axes)) / world
     shape = (1, -1, *[1] * (values.ndim - 2))
     centred = full - mean.view(shape)
-    variance = all_reduce(centred.square().mean(axes)) / world
+    variance = Sum.apply(centred.square().mean(axes)) / world
     if module.running_mean is not None and module.running_var is not None:
         _follow(module, mean.detach(), variance.detach(), values.numel() // values.shape[1] * world)
     normal = centred * torch.rsqrt(variance + module.eps).view(shape)

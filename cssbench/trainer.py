@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from cssbench.compiling import compiled
 from cssbench.config import OptimConfig, TrainConfig
 from cssbench.contract import check_groups, check_output, check_terms
-from cssbench.engine import average_statistics, is_sharded, load_whole_state, mean_terms, sharded, whole_state
+from cssbench.engine import average_statistics, is_sharded, load_whole_state, mean_terms, sharded, touched, whole_state
 from cssbench.errors import ConfigError, NonFiniteLossError
 from cssbench.method import Batch, Method, StepContext
 from cssbench.models.segmenter import Segmenter
@@ -281,6 +281,7 @@ class LossPass(nn.Module):
         self.fabric, self.ctx, self.method = fabric, ctx, method
         self.teacher_half = train.teacher_precision == "bf16"
         self.model = ctx.model
+        self.is_sharded = is_sharded(ctx.model)
         self.idle = nn.Parameter(torch.zeros(1))  # without one that gets no gradient, DDP warns that it looked for any
 
     def forward(self, images: Any, labels: Tensor, names: list[str]) -> dict[str, Tensor]:
@@ -297,4 +298,5 @@ class LossPass(nn.Module):
         output = self.fabric.strategy.precision.convert_output(output)
         seen = images if isinstance(images, Tensor) else None
         with torch.autocast(kind, enabled=False):
-            return check_terms(method, method.loss(ctx, Batch(seen, labels, output, previous, names)))
+            terms = check_terms(method, method.loss(ctx, Batch(seen, labels, output, previous, names)))
+            return {name: term + touched(self.model) for name, term in terms.items()} if self.is_sharded else terms

@@ -85,6 +85,6 @@ def torchrun(world: int, *words: str, **env: str) -> subprocess.CompletedProcess
 
 if __name__ == "__main__":
     root, number = Path(sys.argv[1]), int(sys.argv[2])
+    process_checks.check_all()
     make(root, number, json.loads(sys.argv[3]))
     again(root, number, json.loads(sys.argv[4]))
-    process_checks.check_all(root)
