@@ -148,18 +148,23 @@ class Experiment:
 
 
 def build_experiment(
-    config: RunConfig, out: Path, command: list[str] | None = None, method: Method | None = None
+    config: RunConfig,
+    out: Path,
+    command: list[str] | None = None,
+    method: Method | None = None,
+    trains: bool = True,
 ) -> Experiment:
     """Build everything and check it together, before anything is written. `command` None: to resume `out`.
 
-    method: instead of the one that the configuration names.
+    method: instead of the one that the configuration names. trains: False where the batch does not matter.
     """
     chosen = config.scenario
     scene = scenario.load(
         chosen.name, mode=chosen.mode, order=chosen.order, void=chosen.void, partition_seed=chosen.partition_seed
     )
     method = make_method(config) if method is None else method
-    micro_batch(config.train, processes.world())
+    if trains:
+        micro_batch(config.train, processes.world())
     fabric = make_fabric(config.train)
     data = make_dataset(scene.dataset, config.data.root, config.data.options)
     check_classes(scene, data)

@@ -73,7 +73,7 @@ def evaluate_again(source: Path, out: Path, changes: list[str], data: Path | Non
         return 0
     words = ["evaluate", str(source), "--out", str(out), *(f"--set={change}" for change in changes)]
     processes.start(wanted.train.devices, words)
-    made = build_experiment(wanted, out, command)
+    made = build_experiment(wanted, out, command, trains=False)
     if made.folder.scenario != there.scenario:
         raise RunError(
             f"{source} was trained on other data: its scenario.json does not agree with what lies at "

@@ -83,6 +83,11 @@ def torchrun(world: int, *words: str, **env: str) -> subprocess.CompletedProcess
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
 
 
+def what_went_wrong(done: subprocess.CompletedProcess[str]) -> str:
+    """Without torchrun's own traceback."""
+    return done.stderr.split("torch/distributed/run.py")[0][-6000:]
+
+
 if __name__ == "__main__":
     root, number = Path(sys.argv[1]), int(sys.argv[2])
     process_checks.check_all()
