@@ -21,9 +21,9 @@ from cssbench.config import OptimConfig, TrainConfig
 from cssbench.contract import check_groups, check_output, check_terms
 from cssbench.engine import average_statistics, is_sharded, load_whole_state, mean_terms, sharded, touched, whole_state
 from cssbench.errors import ConfigError, NonFiniteLossError
+from cssbench.losses.mask import masks_counted_over_processes
 from cssbench.method import Batch, Method, StepContext
 from cssbench.models.segmenter import Segmenter
-from cssbench.models.segvit import masks_counted_over_processes
 from cssbench.sync_batchnorm import synchronised
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ import process_checks
 import tomli_w
 from tiny_runs import LINEAR, SEGVIT, VIT, build, make_recipe
 
+from cssbench import recipes
 from cssbench.reevaluate import evaluate_again
 from cssbench.task_loop import run
 
@@ -51,11 +52,13 @@ def recipe_of(folder: Path, name: str) -> tuple[Path, list[str]]:
 
 def make(folder: Path, world: int, names: list[str]) -> None:
     """Each job's run in `folder`/<world>/<name>: an effective batch of 4, in passes of one image."""
-    from cssbench import recipes
-
     for name in names:
         path, changes = recipe_of(folder, name)
-        changes = [*changes, f"train.accumulate={4 // world}", f"cache.folder='{folder / str(world) / 'cache'}'"]
+        changes = [
+            *changes,
+            f"train.accumulate={4 // world}",
+            f"cache.folder='{folder / str(world) / f'cache of {name}'}'",
+        ]
         made = build(recipes.read_recipe(str(path)), folder / str(world) / name, *changes)
         if made.fabric.is_global_zero:
             made.folder.create()

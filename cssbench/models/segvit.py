@@ -7,21 +7,18 @@ no score reaches the evaluation's threshold.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from cssbench.config import Section
 from cssbench.errors import ModelError
-from cssbench.losses.mask import IgnoreMode, class_presence, mask_losses, presence_loss
+from cssbench.losses.mask import IgnoreMode, class_presence, mask_losses, mean_over_processes, presence_loss
 from cssbench.losses.pixel import full_precision
 from cssbench.models.atm import ATMConfig, ATMHead, MaskPrediction, head_width
 from cssbench.models.atm_ce import CrossEntropyConfig, head_loss, head_scores
@@ -285,26 +282,3 @@ def atm_terms(
         presence = presence_loss(prediction.classes, present, absent_weight)
         terms = {"class": terms["class"] + presence, "focal": terms["focal"] + focal, "dice": terms["dice"] + dice}
     return terms
-
-
-_over_processes: ContextVar[bool] = ContextVar("over_processes", default=False)
-
-
-@contextmanager
-def masks_counted_over_processes(enabled: bool) -> Iterator[None]:
-    """Inside, `atm_terms` divides by the mean number of masks over the processes, as the public code does; else by that
-    of the pass in hand, and an optimiser step is the same on any number of processes (`train.mask_count`)."""
-    token = _over_processes.set(enabled)
-    try:
-        yield
-    finally:
-        _over_processes.reset(token)
-
-
-def mean_over_processes(value: Tensor) -> Tensor:
-    """`value`, averaged over the processes of a run where `masks_counted_over_processes` asks for it."""
-    if _over_processes.get():
-        value = value.clone()
-        dist.all_reduce(value)
-        value = value / dist.get_world_size()
-    return value
