@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -143,3 +144,28 @@ def test_a_mistake_is_told_once(folder: Path, words: list[str], says: str, monke
     assert done.returncode == 1  # torchrun's
     assert what_went_wrong(done).count(says) == 1, done.stderr
     assert not (folder / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_stopped_inside_a_step(folder: Path, strategy: str):
+    """SIGTERM, then the rest on two processes: the weights of a run that was not stopped, bit for bit."""
+    words = ["run", "finetune.toml", "--set", "train.devices=2", "--set", f"train.strategy={strategy}"]
+    words += ["--set", "train.iterations=30", "--set", "checkpoint.iterations=3", "--out"]
+    done = cssbench(folder, *words, "whole")
+    assert done.returncode == 0, done.stderr
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "cssbench", *words, "stopped"]
+    running = subprocess.Popen(command, env=environment, cwd=folder, stderr=subprocess.PIPE, text=True)
+    while not list(folder.glob("stopped/steps/00/training/*.json")) and running.poll() is None:
+        time.sleep(0.01)
+    running.terminate()
+    _, said = running.communicate(timeout=120)
+    assert running.returncode == 143, said
+    assert said.count("Stopped by SIGTERM") == 1, said
+    done = cssbench(folder, "resume", "stopped")
+    assert done.returncode == 0, done.stderr
+    whole, stopped = (RunFolder.read(folder / name).records() for name in ("whole", "stopped"))
+    assert "resumed" in stopped[0].content
+    for one, other in zip(whole, stopped, strict=True):
+        assert one.content["sha256"]["model.safetensors"] == other.content["sha256"]["model.safetensors"]
