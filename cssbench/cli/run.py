@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cssbench import processes
 from cssbench.cli.text import plain
 from cssbench.errors import ConfigError, DataError, ModelError, PluginError, RunError
 
@@ -64,6 +65,9 @@ def start_run(
     wanted = config.validate(content, f"Recipe {recipe!r}")
     if (out / "config.toml").exists():
         _refuse_existing(out, wanted)
+    places: dict[str, Any] = {"--out": out, "--data": data, "--shared": shared, "--model": model}
+    words = [str(word) for option in places.items() if option[1] is not None for word in option]
+    processes.start(wanted.train.devices, ["run", recipe, *words, *(f"--set={change}" for change in changes)])
     from cssbench.experiment import build_experiment, resolve, sole_writer
     from cssbench.task_loop import run as run_steps
 
@@ -114,6 +118,9 @@ def resume_run(folder: Path, data: Path | None, shared: Path | None = None) -> N
     if there.finished:
         typer.echo(f"{folder} is finished: {there.num_steps} of {there.num_steps} steps.")
         return
+    places: dict[str, Any] = {"--data": data, "--shared": shared}
+    words = [str(word) for option in places.items() if option[1] is not None for word in option]
+    processes.start(there.config.train.devices, ["resume", str(folder), *words])
     from cssbench.experiment import build_experiment, sole_writer
     from cssbench.task_loop import run as run_steps
 
