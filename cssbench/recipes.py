@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cssbench import registry
-from cssbench.errors import ConfigError, UnknownNameError
+from cssbench.errors import ConfigError, UnknownNameError, fault
 
 KEPT = ("pretrained", "checkpoint", "mean", "std", "drop_path")  # of an encoder, when its model is exchanged
 PARTS = ("method", "model")  # sections whose options belong to the part they name
@@ -169,8 +169,8 @@ def _read_file(group: str, name: str, folder: Path) -> tuple[Path, dict[str, Any
         return path.resolve(), tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UnknownNameError(f"{kind} file", str(path), registry.toml_files(group)) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{kind.capitalize()} {str(path)!r} is not valid TOML: {error}.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{kind.capitalize()} {str(path)!r} is not valid TOML: {fault(error)}.") from None
 
 
 def extend(base: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:
@@ -206,7 +206,7 @@ def override(content: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
             raise ConfigError(f"An override must look like section.key=value, not {assignment!r}.")
         try:
             value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
+        except (tomllib.TOMLDecodeError, RecursionError):
             value = text.strip()
         node = content
         for key in keys[:-1]:

@@ -55,6 +55,7 @@ NO_TORCH = {"scenarios/", "reports/", "cssbench/cli/", "cssbench/metrics/continu
     )
 } | {f"cssbench/data/{name}.py" for name in (
     "base", "ade20k", "camvid", "folder", "synthetic", "presence", "verify", "picture", "registry",
+    "archive", "download", "fetch", "statistics",
 )}  # fmt: skip
 
 

@@ -12,9 +12,11 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 import cssbench
 from cssbench.cli import check, data, evaluate, listing, profile, published, run, scenario, score, suite
+from cssbench.cli.text import plain_lines
 from cssbench.errors import CssbenchError
 
 app = typer.Typer(
@@ -45,22 +47,16 @@ def options(
         raise typer.Exit
 
 
-def main() -> None:
-    """Entry point of the `cssbench` script."""
+def main(words: list[str] | None = None) -> None:
+    """Entry point of the `cssbench` script. words: in place of those of the process."""
     try:
-        app()
+        app(words)
     except CssbenchError as error:
-        Console(stderr=True).print(f"[bold red]Error:[/bold red] {_plain(str(error))}", soft_wrap=True, highlight=False)
+        said = escape(plain_lines(str(error)))
+        Console(stderr=True).print(f"[bold red]Error:[/bold red] {said}", soft_wrap=True, highlight=False)
         sys.exit(2)
     except KeyboardInterrupt as stop:
         number = getattr(stop, "number", signal.SIGINT)
         name = signal.Signals(number).name
         print(f"Stopped by {name}. `cssbench resume DIR` goes on with a run at its last checkpoint.", file=sys.stderr)
         sys.exit(128 + number)
-
-
-def _plain(text: str) -> str:
-    """Text that rich does not read as markup."""
-    from rich.markup import escape
-
-    return escape(text)

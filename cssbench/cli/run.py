@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cssbench.cli.text import plain
 from cssbench.errors import ConfigError, DataError, ModelError, PluginError, RunError
 
 Out = Annotated[Path, typer.Option("--out", help="Run folder to make.")]
@@ -136,7 +137,8 @@ def status(folder: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
     there = RunFolder.read(folder)
     records = there.records()
     config = there.config
-    typer.echo(f"{folder}: {config.method.name} on {there.scenario['name']}, {len(records)} of {there.num_steps} steps")
+    of = f"{plain(config.method.name)} on {plain(there.scenario['name'])}"
+    typer.echo(f"{folder}: {of}, {len(records)} of {there.num_steps} steps")
     table = Table(box=None)
     table.add_column("step")
     for heading in ("images", "iterations", "minutes"):
