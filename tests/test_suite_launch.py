@@ -120,7 +120,7 @@ def test_stopping_has_the_run_write_its_checkpoint(tmp_path: Path, executor: str
     suite = suite_runs.make(tmp_path, {"one": ("a", "wait,go"), "two": ("b", "go")})
 
     def interrupt() -> None:
-        until((suite.run("one") / "waiting").exists)
+        until(lambda: (suite.run("one") / "waiting").exists() and suite.attempt("one").exists())
         os.kill(os.getpid(), signal.SIGINT)
 
     person = threading.Thread(target=interrupt)
@@ -174,10 +174,12 @@ def test_a_slurm_job_whose_run_was_told_to_end_waits_to_be_requeued(
         if (suite.run("one") / "waiting").exists():
             os.kill(json.loads(suite.attempt("one").read_text())["pid"], signal.SIGTERM)
 
+    before = signal.getsignal(signal.SIGINT)
     monkeypatch.setenv("SUBMITIT_EXECUTOR", executor)
     monkeypatch.setattr(attempt.time, "sleep", sleep)
     assert Scripted(suite.path, "one")() == 143
     assert slept.count(attempt.GRACE) == graces
+    signal.signal(signal.SIGINT, before)
 
 
 FAKE_SBATCH = """#!/bin/sh

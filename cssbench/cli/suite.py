@@ -278,9 +278,9 @@ def _launch(suite: SuiteFolder, how: Options) -> None:
     try:
         with _ended_by_sigterm():
             launch(suite, how)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         typer.echo(f"Stopped. `cssbench suite resume {suite.path}` goes on with what is not finished.", err=True)
-        raise
+        raise typer.Exit(128 + getattr(stop, "number", signal.SIGINT)) from None
     if how.executor == "slurm":
         return
     states = {entry.id: suite.state(entry) for entry in suite.entries}

@@ -18,7 +18,7 @@ from typing import Any
 
 from cssbench.lock import FileLock
 from cssbench.results import write_json
-from cssbench.suites.folder import Entry, SuiteFolder, read_attempt
+from cssbench.suites.folder import STOPPED, Entry, SuiteFolder, read_attempt
 
 ALL = "all"
 POLL = 0.2  # seconds between two looks at the process
@@ -41,6 +41,10 @@ class Attempt:
         return type(self), (self.path, self.name, self.devices)
 
     def __call__(self) -> int | None:
+        if (
+            os.environ.get("SUBMITIT_EXECUTOR") == "local"
+        ):  # Ctrl-C reaches all processes; `launch` tells the run itself
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         suite = SuiteFolder.read(self.path)
         entry = next(one for one in suite.entries if one.id == self.name)
         lock = suite.lock(self.name)
@@ -51,7 +55,7 @@ class Attempt:
             code = self._run(suite, entry, lock)
         finally:
             lock.release()
-        if code == 128 + signal.SIGTERM and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
+        if code in STOPPED and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
             time.sleep(GRACE)  # pre-empted: a job that ended by itself would not be requeued
         return code
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from typing import Any
 from cssbench.errors import ConfigError, RunError
 from cssbench.progress import say
 from cssbench.suites.attempt import ALL, Attempt
-from cssbench.suites.folder import Entry, SuiteFolder
+from cssbench.suites.folder import Entry, SuiteFolder, read_attempt
 from cssbench.suites.plan import in_order, makers
 
 POLL = 1.0  # seconds between two looks at the runs
@@ -77,8 +79,6 @@ class _Lanes:
                 if not self._start_next():
                     time.sleep(POLL if self.waiting or self.active else 0)
         except BaseException:
-            for _, _, job in self.active.values():
-                job.cancel()
             self._settle()
             raise
 
@@ -112,10 +112,21 @@ class _Lanes:
         return True
 
     def _settle(self) -> None:
-        """Wait for runs that were told to stop, which write their checkpoints first."""
-        if any(self.suite.running(name) for name in self.active):
+        """Have the runs write their checkpoints and end.
+
+        Each is told once, by itself: a second signal would end it without one, and submitit's own way is SIGINT, which
+        processes started in the background of a shell ignore.
+        """
+        told: set[str] = set()
+        if self.active:
             say("Stopping: the runs write their checkpoints.")
         while any(self.suite.running(name) or not job.done() for name, (_, _, job) in self.active.items()):
+            for name in self.active.keys() - told:
+                last = read_attempt(self.suite.attempt(name))
+                if self.suite.running(name) and "pid" in last and "code" not in last:
+                    told.add(name)
+                    with suppress(ProcessLookupError):
+                        os.kill(last["pid"], signal.SIGTERM)
             time.sleep(POLL)
 
 
