@@ -31,7 +31,7 @@ from cssbench.lock import FileLock
 from cssbench.method import StepContext
 from cssbench.models.segmenter import Segmenter
 from cssbench.progress import say
-from cssbench.results import content_digest, read_json, sha256, write_bytes, write_json
+from cssbench.results import content_digest, read_json, safe_name, sha256, write_bytes, write_json
 from cssbench.step_evaluation import Evaluated
 
 POLL = 0.5  # seconds between two looks at a lock that another process holds
@@ -102,7 +102,7 @@ class BaseStep:
             return {}
         try:
             numbers = read_json(self.path / "numbers.json")
-            sums = all(sha256(self.path / name) == recorded for name, recorded in numbers["sha256"].items())
+            sums = all(sha256(self.path / safe_name(name)) == recorded for name, recorded in numbers["sha256"].items())
             if sums and numbers["digest"] == content_digest(numbers) and numbers["key"] == self.key:
                 return numbers
         except (RunError, OSError, KeyError, TypeError, AttributeError):

@@ -16,10 +16,12 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 import cssbench
 from cssbench import processes
-from cssbench.cli import check, data, evaluate, listing, profile, published, run, scenario, score
+from cssbench.cli import check, data, evaluate, listing, profile, published, run, scenario, score, suite
+from cssbench.cli.text import plain_lines
 from cssbench.errors import CssbenchError
 
 app = typer.Typer(
@@ -31,6 +33,7 @@ app = typer.Typer(
 )
 app.add_typer(scenario.app, name="scenario")
 app.add_typer(data.app, name="data")
+app.add_typer(suite.app, name="suite")
 run.register(app)
 evaluate.register(app)
 listing.register(app)
@@ -49,15 +52,15 @@ def options(
         raise typer.Exit
 
 
-def main() -> None:
-    """Entry point of the `cssbench` script."""
+def main(words: list[str] | None = None) -> None:
+    """Entry point of the `cssbench` script. words: in place of those of the process."""
     try:
-        with _first_speaks():
-            app()
+        with _first_speaks(), _stops_reach_us():
+            app(words)
     except CssbenchError as error:
         if processes.first_to_fail():
-            text = f"[bold red]Error:[/bold red] {_plain(str(error))}"
-            Console(stderr=True).print(text, soft_wrap=True, highlight=False)
+            said = f"[bold red]Error:[/bold red] {escape(plain_lines(str(error)))}"
+            Console(stderr=True).print(said, soft_wrap=True, highlight=False)
         processes.leave(2)
     except KeyboardInterrupt as stop:
         number = getattr(stop, "number", signal.SIGINT)
@@ -84,8 +87,13 @@ def _first_speaks() -> Iterator[None]:
         yield
 
 
-def _plain(text: str) -> str:
-    """Text that rich does not read as markup."""
-    from rich.markup import escape
-
-    return escape(text)
+@contextmanager
+def _stops_reach_us() -> Iterator[None]:
+    """Typer ends on a KeyboardInterrupt by itself, with 130 whatever the signal was: it comes out here instead."""
+    try:
+        yield
+    except SystemExit as end:
+        stop = getattr(end.__context__, "__cause__", None)
+        if isinstance(stop, KeyboardInterrupt):
+            raise stop from None
+        raise
