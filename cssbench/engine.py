@@ -53,7 +53,8 @@ def make_fabric(config: TrainConfig) -> Fabric:
         fabric = Fabric(devices=1, plugins=[LightningEnvironment()], **options)
     else:
         _check_gpus(config, local)
-        logging.getLogger("lightning.fabric.utilities.distributed").setLevel(logging.WARNING)  # no word per process
+        for name in ("distributed", "rank_zero"):  # no words on each process
+            logging.getLogger(f"lightning.fabric.utilities.{name}").setLevel(logging.WARNING)
         ddp: dict[str, Any] = {"find_unused_parameters": True, OWN_BUFFERS: False}
         fabric = Fabric(
             devices=local,
