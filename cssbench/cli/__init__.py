@@ -23,6 +23,7 @@ from cssbench import processes
 from cssbench.cli import check, data, evaluate, listing, profile, published, run, scenario, score, suite
 from cssbench.cli.text import plain_lines
 from cssbench.errors import CssbenchError
+from cssbench.interrupt import Interrupted
 
 app = typer.Typer(
     name="cssbench",
@@ -62,13 +63,11 @@ def main(words: list[str] | None = None) -> None:
             said = f"[bold red]Error:[/bold red] {escape(plain_lines(str(error)))}"
             Console(stderr=True).print(said, soft_wrap=True, highlight=False)
         processes.leave(2)
-    except KeyboardInterrupt as stop:
-        number = getattr(stop, "number", signal.SIGINT)
+    except Interrupted as stop:
         if processes.first_to_fail():
-            name = signal.Signals(number).name
             remedy = "`cssbench resume DIR` goes on with a run at its last checkpoint."
-            print(f"Stopped by {name}. {remedy}", file=sys.stderr)
-        processes.leave(128 + number)
+            print(f"Stopped by {signal.Signals(stop.number).name}. {remedy}", file=sys.stderr)
+        processes.leave(128 + stop.number)
     except Exception:
         if processes.world() == 1:
             raise

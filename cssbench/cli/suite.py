@@ -273,12 +273,13 @@ def _options(
 
 
 def _launch(suite: SuiteFolder, how: Options) -> None:
+    from cssbench.interrupt import Interrupted
     from cssbench.suites.launch import launch
 
     try:
         with _ended_by_sigterm():
             launch(suite, how)
-    except KeyboardInterrupt as stop:
+    except (KeyboardInterrupt, Interrupted) as stop:
         typer.echo(f"Stopped. `cssbench suite resume {suite.path}` goes on with what is not finished.", err=True)
         raise typer.Exit(128 + getattr(stop, "number", signal.SIGINT)) from None
     if how.executor == "slurm":
