@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,19 +37,23 @@ from cssbench.scenario import Scenario, Step, stems_digest
 @contextmanager
 def sole_writer(made: Experiment) -> Iterator[None]:
     """Inside, no other process trains or evaluates into the run folder. Raises RunError where one does. All processes
-    of a distributed run call it."""
-    lock = FileLock(made.folder.path / ".lock")
-    first = made.fabric.is_global_zero
+    of a distributed run call it. A folder in which nothing was written is gone afterwards."""
+    lock, folder = FileLock(made.folder.path / ".lock"), made.folder.path
+    first, held = made.fabric.is_global_zero, False
     try:
-        if not made.fabric.broadcast(lock.acquire() if first else None):
+        held = made.fabric.broadcast(lock.acquire() if first else False)
+        if not held:
             raise RunError(
-                f"{made.folder.path} is in use: {lock.holder} works in it. Wait until it ends, or stop it; then "
-                f"`cssbench resume {made.folder.path}` goes on."
+                f"{folder} is in use: {lock.holder} works in it. Wait until it ends, or stop it; then "
+                f"`cssbench resume {folder}` goes on."
             )
         if first:
             lock.sign()
         yield
     finally:
+        with suppress(OSError):
+            if first and held and os.listdir(folder) == [lock.path.name]:
+                shutil.rmtree(folder)
         lock.release()
 
 
