@@ -25,7 +25,18 @@ from cssbench.errors import PluginError, UnknownNameError
 
 T = TypeVar("T")
 
-GROUPS = ("methods", "models", "datasets", "scenarios", "recipes", "presets", "protocols", "reports", "tools")
+GROUPS = (
+    "methods",
+    "models",
+    "datasets",
+    "scenarios",
+    "recipes",
+    "presets",
+    "protocols",
+    "reports",
+    "loggers",
+    "tools",
+)
 OWN = "cssbench"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+@-]*")
 

@@ -40,8 +40,10 @@ THIRD_PARTY = {
     "lightning": {"cssbench/engine.py", "cssbench/trainer.py", "cssbench/experiment.py"},
     "safetensors": {"cssbench/checkpoint.py"},
     "typer": {"cssbench/cli/"},
-    "avalanche": {"cssbench/interop/avalanche.py"},
+    "avalanche": {"cssbench/interop/avalanche/"},
     "continuum": {"cssbench/interop/continuum.py"},
+    "wandb": {"cssbench/loggers.py"},
+    "mlflow": {"cssbench/loggers.py"},
 }
 
 # What `--help`, `list`, `status` and `report` import.

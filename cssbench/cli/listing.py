@@ -31,6 +31,7 @@ class Kind(StrEnum):
     recipes = "recipes"
     protocols = "protocols"
     reports = "reports"
+    loggers = "loggers"
 
 
 Rows = list[tuple[str, ...]]
@@ -41,7 +42,8 @@ def register(app: typer.Typer) -> None:
 
 
 def list_parts(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> None:
-    """List installed methods, models with their cost, presets, datasets, scenarios, recipes, protocols or reports."""
+    """List installed methods, models with their cost, presets, datasets, scenarios, recipes, protocols, reports or
+    loggers."""
     one = kind.value.removesuffix("s")
     headings: tuple[str, ...]
     if kind == Kind.models:
