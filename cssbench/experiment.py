@@ -229,8 +229,7 @@ def run_facts(made: Experiment) -> dict[str, Any]:
 
 def part_origin(kind: str, name: str) -> dict[str, str | None]:
     """{"distribution", "version"} of an installed method or model; None where it has no entry point."""
-    part = registry.parts(f"{kind}s").get(name)
-    origin = part.distribution if part else None
+    origin = registry.distribution_of(f"{kind}s", name)
     return {"distribution": origin, "version": provenance.package_version(origin) if origin else None}
 
 

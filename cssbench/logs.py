@@ -11,6 +11,7 @@ import csv
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -85,13 +86,13 @@ class RunLog:
     def open(cls, run: LoggedRun, classes: dict[str, type[Logger]]) -> RunLog:
         log = cls(run)
         for name, made in classes.items():
-            log._try(name, lambda made=made: made(run), keep=True)
+            log._try(name, partial(made, run), keep=True)
         return log
 
     def tell(self, hook: str, *values: Any) -> None:
         """Call a hook of every logger."""
         for name, logger in list(self.loggers.items()):
-            self._try(name, lambda logger=logger: getattr(logger, hook)(*values))
+            self._try(name, partial(getattr(logger, hook), *values))
 
     def _try(self, name: str, call: Callable[[], Any], keep: bool = False) -> None:
         try:

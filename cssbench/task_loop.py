@@ -256,7 +256,7 @@ def _batches(n: int, size: int) -> list[list[int]]:
 
 def default_scores(made: Experiment, step: Step, matrices: dict[str, np.ndarray]) -> dict[str, float]:
     """`base`, `incremental` and `all` under each default protocol whose matrix is there: "all/<protocol>" -> mIoU."""
-    found = {}
+    found: dict[str, float] = {}
     for protocol in map(get, DEFAULTS):
         if protocol.key in matrices:
             score = protocol.scores(matrices[protocol.key], made.scenario.groups, step.index)

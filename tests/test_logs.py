@@ -224,7 +224,7 @@ def test_a_logger_of_a_stranger(recipe: dict[str, Any], tmp_path: Path, install:
 
 
 def test_mistakes_are_told_before_anything_is_written(recipe: dict[str, Any], tmp_path: Path):
-    with pytest.raises(UnknownNameError, match="no logger named 'wandbb'.*'wandb'"):
+    with pytest.raises(UnknownNameError, match=r"no logger named 'wandbb'.*'wandb'"):
         build(recipe, tmp_path / "run", "log.loggers=['wandbb']")
     with pytest.raises(ConfigError, match="list each logger once"):
         build(recipe, tmp_path / "run", "log.loggers=['wandb', 'wandb']")
