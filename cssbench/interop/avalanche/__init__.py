@@ -14,6 +14,17 @@ require("avalanche", extra="avalanche", what="cssbench.interop.avalanche")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of packages that Avalanche imports and we have no say in
     from cssbench.interop.avalanche.benchmark import StepExperience, to_avalanche
+    from cssbench.interop.avalanche.metrics import MeanIoU, RunLogger
     from cssbench.interop.avalanche.model import GrowingModel, LogitsModel, OwnLoss
+    from cssbench.interop.avalanche.strategy import CSSStrategy
 
-__all__ = ["GrowingModel", "LogitsModel", "OwnLoss", "StepExperience", "to_avalanche"]
+__all__ = [
+    "CSSStrategy",
+    "GrowingModel",
+    "LogitsModel",
+    "MeanIoU",
+    "OwnLoss",
+    "RunLogger",
+    "StepExperience",
+    "to_avalanche",
+]

@@ -26,20 +26,24 @@ from cssbench.scenario import Scenario, Step
 class StepExperience(DatasetExperience):
     """A step. `classes_in_this_experience`, `classes_seen_so_far`: positions, that is labels and model outputs.
 
-    data: where an experience for training has its items from (`StepView.data`), or None.
+    For training also: data, where the items are from (`StepView.data`); class_images, as in `StepContext`.
     """
 
-    def __init__(self, dataset: AvalancheDataset, step: Step, data: StepDataset | None = None):
+    def __init__(
+        self,
+        dataset: AvalancheDataset,
+        step: Step,
+        data: StepDataset | None = None,
+        class_images: dict[int, int] | None = None,
+    ):
         super().__init__(dataset=dataset, current_experience=step.index)
-        self.step, self.data = step, data
+        self.step, self.data, self.class_images = step, data, class_images or {}
         self.classes_in_this_experience = list(step.new_positions)
         self.classes_seen_so_far = list(range(1, 1 + len(step.seen)))
 
 
-class TestView(Dataset):
+class EvaluatedView(Dataset):
     """Unaugmented square views: labels are positions of all classes, learned or not; 0 is void, 255 ignored."""
-
-    __test__ = False  # no test of pytest's
 
     def __init__(self, data: EvaluationDataset, positions: np.ndarray):
         self.data, self.positions = data, positions
@@ -73,8 +77,8 @@ def to_avalanche(
     """
     check_classes(scenario, dataset)
     augment = augment or AugmentConfig()
+    index = build(dataset, "train", progress=False)
     if train_stems is None:
-        index = build(dataset, "train", progress=False)
         train_stems = [[index.stems[i] for i in picked] for picked in scenario.images(index.table)]
     transform = TrainTransform(augment, model.pixel_mean, model.pixel_std)
     shown = build(dataset, split, progress=False)
@@ -82,9 +86,11 @@ def to_avalanche(
     train, test = [], []
     for step, stems in zip(scenario.steps, train_stems, strict=True):
         data = StepDataset(dataset, "train", stems, scenario.train_table(step), transform, seed)
-        train.append(StepExperience(numbered(StepView(data, fixed=False)), step, data))
+        counts = index.table[np.isin(index.stems, stems)].sum(axis=0)
+        shows = {p: int(counts[c]) for p, c in zip(step.new_positions, step.new, strict=True)}
+        train.append(StepExperience(numbered(StepView(data, fixed=False)), step, data, shows))
         view = EvaluationDataset(dataset, split, shown.showing(step.seen), crops, model)
-        test.append(StepExperience(numbered(TestView(view, scenario.position_table())), step))
+        test.append(StepExperience(numbered(EvaluatedView(view, scenario.position_table())), step))
     return CLScenario([EagerCLStream("train", train), EagerCLStream("test", test)])
 
 

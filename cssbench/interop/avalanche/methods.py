@@ -232,16 +232,25 @@ class MAS(PluginMethod):
 
 
 class RWalk(PluginMethod):
-    """Riemannian Walk (Chaudhry et al. 2018). A second backward pass in every iteration, so twice the time."""
+    """Riemannian Walk (Chaudhry et al. 2018). A second forward and backward pass in every iteration."""
 
     class Config(Section):
-        """delta_t: iterations between updates of the scores."""
+        """delta_t: iterations between updates of the scores; no step may be shorter."""
 
         ewc_lambda: float = Field(0.1, ge=0)
         ewc_alpha: float = Field(0.9, ge=0, le=1)
         delta_t: int = Field(10, ge=1)
 
     plugin_class = plugins.RWalkPlugin
+
+    def end_step(self, ctx: StepContext) -> None:
+        """Raises ConfigError where no score was made, of which the plug-in would divide by the largest."""
+        if ctx.iteration < self.config.delta_t:
+            raise ConfigError(
+                f"avalanche:RWalk makes scores every method.delta_t = {self.config.delta_t} iterations, and step "
+                f"{ctx.step.index} had {ctx.iteration}. Set method.delta_t to at most that."
+            )
+        super().end_step(ctx)
 
 
 class LwF(PluginMethod):

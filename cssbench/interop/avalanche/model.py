@@ -41,7 +41,7 @@ class GrowingModel(LogitsModel, DynamicModule):
         super().__init__(net)
         self.scenario = scenario
 
-    def adapt(self, experience: Any) -> None:
+    def adaptation(self, experience: Any) -> None:
         """In training only: a model is evaluated with the outputs that it has."""
         if self.training:
             for step in self.scenario.steps[len(self.net.heads) : experience.current_experience + 1]:

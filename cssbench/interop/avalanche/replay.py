@@ -93,8 +93,8 @@ class Replay(PluginMethod):
     def end_step(self, ctx: StepContext) -> None:
         """The storage policy picks from the step's images and the memory; those are then kept themselves, and the
         step's data set is let go."""
-        self.call("after_training_exp")
         assert self.strategy is not None
+        self.plugin.storage_policy.post_adapt(self.strategy, self.strategy.experience)  # the plug-in calls it so
         view, first = self.strategy.view, sum(ctx.images[: ctx.step.index])
         known = {n: part[i][:2] for part in self.parts for i, n in enumerate(part.numbers)}
         self.parts = []
