@@ -20,7 +20,15 @@ FIRST_PARTY = {
     "reports": {
         "cssbench",
     },  # minus TORCH_ROOMS
-    "examples": {"cssbench.api", "cssbench.losses"},
+    "examples": {
+        "cssbench.api",
+        "cssbench.losses",
+        "cssbench.scenario",
+        "cssbench.config",
+        "cssbench.data",
+        "cssbench.models",
+        "cssbench.interop",
+    },
 }
 PLUGINS = {"cssbench.scenarios", "cssbench.baselines"}
 TORCH_ROOMS = {f"cssbench.{name}" for name in (
@@ -40,8 +48,8 @@ THIRD_PARTY = {
     "lightning": {"cssbench/engine.py", "cssbench/trainer.py", "cssbench/experiment.py"},
     "safetensors": {"cssbench/checkpoint.py"},
     "typer": {"cssbench/cli/"},
-    "avalanche": {"cssbench/interop/avalanche/"},
-    "continuum": {"cssbench/interop/continuum.py"},
+    "avalanche": {"cssbench/interop/avalanche/", "examples/"},
+    "continuum": {"cssbench/interop/continuum.py", "examples/"},
     "wandb": {"cssbench/loggers.py"},
     "mlflow": {"cssbench/loggers.py"},
 }

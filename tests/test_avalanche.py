@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,6 @@ from cssbench.api import Batch, ConfigError  # noqa: E402
 from cssbench.contract import build_method, method_class  # noqa: E402
 from cssbench.errors import UnknownNameError  # noqa: E402
 from cssbench.experiment import Experiment  # noqa: E402
-from cssbench.interop import extras  # noqa: E402
 from cssbench.interop.avalanche import (  # noqa: E402
     CSSStrategy,
     GrowingModel,
@@ -303,10 +303,8 @@ def test_logits_carry_the_whole_output(recipe: dict[str, Any], tmp_path: Path):
     assert float(loss(logits, future).detach()) == 0
 
 
-@pytest.mark.parametrize("name", ["EWC", "Replay"])
-def test_plug_ins_keep_the_rules_of_the_benchmark(name: str):
-    options = {"EWC": {}, "Replay": {"mem_size": 5, "storage": "reservoir"}}[name]
-    assert_conforms(method_class(f"avalanche:{name}"), options)
+def test_ewc_keeps_the_rules_of_the_benchmark():
+    assert_conforms(method_class("avalanche:EWC"))
 
 
 @pytest.mark.slow
@@ -320,6 +318,7 @@ def test_plug_ins_keep_the_rules_of_the_benchmark(name: str):
         ("LwF", {}),
         ("RWalk", {"delta_t": 2}),
         ("Replay", {"mem_size": 7}),
+        ("Replay", {"mem_size": 5, "storage": "reservoir", "batch_size_mem": 2}),
     ],
 )
 def test_all_plug_ins_keep_the_rules_of_the_benchmark(name: str, options: dict[str, Any], model: str):
@@ -345,19 +344,23 @@ def test_what_cannot_work_is_refused_with_a_reason():
             method_class(f"avalanche:{name}")
 
 
-def test_a_missing_extra_is_named():
-    with pytest.raises(ConfigError, match=r'pip install "cssbench\[avalanche\]"'):
-        extras.require("no_such_module", extra="avalanche", what="This")
-
-
-def test_nothing_of_avalanche_is_imported_before_it_is_asked_for():
+def test_extras_are_imported_only_when_asked_for_and_named_where_they_are_missing():
     code = (
         "import sys; import cssbench.api, cssbench.cli, cssbench.task_loop, cssbench.loggers\n"
         "import cssbench.interop.views, cssbench.interop.methods\n"
         "from cssbench import registry\n"
         "assert registry.find('methods', 'avalanche:EWC').distribution == 'cssbench'\n"
         "heavy = {'avalanche', 'continuum', 'wandb', 'mlflow'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
+        "assert not heavy, heavy\n"
+        "from cssbench.logs import logger_class\n"
+        "def refuses(make, extra):\n"
+        "    try: make()\n"
+        "    except cssbench.api.ConfigError as error: assert f'cssbench[{extra}]' in str(error), error\n"
+        "    else: raise AssertionError(extra)\n"
+        "sys.modules |= dict.fromkeys(['avalanche', 'continuum', 'wandb', 'mlflow'])\n"
+        "refuses(lambda: registry.load('methods', 'avalanche:EWC'), 'avalanche')\n"
+        "refuses(lambda: __import__('cssbench.interop.continuum'), 'continuum')\n"
+        "for name in ('wandb', 'mlflow'): refuses(lambda: logger_class(name), name)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -367,3 +370,13 @@ def test_a_namespace_that_fails_is_named(install: Any):
     install("space-pack", {"namespaces": {"space": "space:make"}}, files)
     with pytest.raises(Exception, match=r"method 'space:Any' of the distribution 'space-pack' cannot be made"):
         registry.load("methods", "space:Any")
+
+
+def test_the_example_runs_and_stands_in_the_docs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    example = Path(__file__).parents[1] / "examples" / "avalanche_ewc.py"
+    assert example.read_text().rstrip() in (example.parents[1] / "docs" / "interop.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(example))
+    assert "all/plop@1/step2" in capsys.readouterr().out

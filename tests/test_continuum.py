@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import runpy
 from itertools import combinations_with_replacement
 from pathlib import Path
 from typing import Any
@@ -185,3 +186,15 @@ def test_labels_stored_in_another_numbering(tmp_path: Path):
     scene = scenarios.from_dict("shifted", content)
     made = to_continuum(scene, data)
     assert [taskset[0][1][0].tolist() for taskset in made] == [[0, 1, 0, 0], [2, 0, 3, 0]]
+
+
+def test_the_example_runs_and_stands_in_the_docs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    example = Path(__file__).parents[1] / "examples" / "continuum_scenario.py"
+    assert example.read_text().rstrip() in (example.parents[1] / "docs" / "interop.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(example))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert [line.split(":")[0] for line in lines] == ["step 0", "step 1", "step 2"]
+    assert "labels [0, 11" in lines[1]
