@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 
 from cssbench import registry
 from cssbench.config import explain_validation
-from cssbench.errors import ScenarioError, UnknownNameError
+from cssbench.errors import ScenarioError, UnknownNameError, fault
 
 Mode = Literal["overlapped", "disjoint", "sequential", "partitioned"]
 Void = Literal["background", "ignore"]
@@ -256,7 +256,7 @@ def load(name: str, **overrides: Any) -> Scenario:
             content = tomllib.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise UnknownNameError("scenario file", name, names()) from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ScenarioError(f"Scenario file {name!r} is not valid TOML: {error}.") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise ScenarioError(f"Scenario file {name!r} is not valid TOML: {fault(error)}.") from None
         return from_dict(path.stem, content | overrides)
     return from_dict(name, registry.read_toml("scenarios", name) | overrides)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from cssbench.data.archive import Archive
 from cssbench.errors import DataError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -28,13 +29,15 @@ class SegDataset(ABC):
     `cls(root, **options)`. One that is stored otherwise than in flat folders overrides `image_files`, `label_path`,
     `raw_label` or `raw_table`, which all else is made from.
 
-    Attributes: `name`; `classes`, the K class names (class id c is `classes[c - 1]`); `palette`, (K, 3) uint8 RGB.
+    Attributes: `name`; `classes`, the K class names (class id c is `classes[c - 1]`); `palette`, (K, 3) uint8 RGB;
+    `archive`, what it is published as, for `cssbench data fetch`, or one clause that says why it cannot be fetched.
     """
 
     name: str
     classes: tuple[str, ...]
     palette: np.ndarray
     splits: tuple[str, ...] = ("train", "val")
+    archive: Archive | str | None = None
 
     def __init__(self, root: str | Path):
         self.root = Path(root)
