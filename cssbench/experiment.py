@@ -28,6 +28,7 @@ from cssbench.data.transforms import TrainTransform
 from cssbench.engine import make_fabric, micro_batch
 from cssbench.errors import ConfigError, RunError
 from cssbench.lock import FileLock
+from cssbench.logs import LoggedRun, RunLog, logger_class
 from cssbench.method import Method
 from cssbench.models.segmenter import Segmenter
 from cssbench.results import RunFolder
@@ -126,6 +127,13 @@ class Experiment:
             shown |= table[best]
         return chosen
 
+    def open_log(self) -> RunLog:
+        """The loggers of the run, on the first process; none on the others."""
+        counts = tuple(self.config.train.length(t, len(stems)) for t, stems in enumerate(self.train_stems))
+        logged = LoggedRun(self.folder.path, self.config.dump(), self.config.log.project, counts)
+        names = self.config.log.loggers if self.fabric.is_global_zero else []
+        return RunLog.open(logged, {name: logger_class(name) for name in names})
+
     def describe_scenario(self) -> dict[str, Any]:
         """Content of scenario.json."""
         steps = zip(self.scenario.steps, self.train_stems, strict=True)
@@ -169,6 +177,8 @@ def build_experiment(
         chosen.name, mode=chosen.mode, order=chosen.order, void=chosen.void, partition_seed=chosen.partition_seed
     )
     method = make_method(config) if method is None else method
+    for name in config.log.loggers:
+        logger_class(name)
     if trains:
         micro_batch(config.train, processes.world())
     fabric = make_fabric(config.train)
@@ -230,8 +240,7 @@ def run_facts(made: Experiment) -> dict[str, Any]:
 
 def part_origin(kind: str, name: str) -> dict[str, str | None]:
     """{"distribution", "version"} of an installed method or model; None where it has no entry point."""
-    part = registry.parts(f"{kind}s").get(name)
-    origin = part.distribution if part else None
+    origin = registry.distribution_of(f"{kind}s", name)
     return {"distribution": origin, "version": provenance.package_version(origin) if origin else None}
 
 
