@@ -20,7 +20,15 @@ FIRST_PARTY = {
     "reports": {
         "cssbench",
     },  # minus TORCH_ROOMS
-    "examples": {"cssbench.api", "cssbench.losses"},
+    "examples": {
+        "cssbench.api",
+        "cssbench.losses",
+        "cssbench.scenario",
+        "cssbench.config",
+        "cssbench.data",
+        "cssbench.models",
+        "cssbench.interop",
+    },
 }
 PLUGINS = {"cssbench.scenarios", "cssbench.baselines"}
 TORCH_ROOMS = {f"cssbench.{name}" for name in (
@@ -41,9 +49,11 @@ THIRD_PARTY = {
     "lightning": {"cssbench/engine.py", "cssbench/trainer.py", "cssbench/experiment.py"},
     "safetensors": {"cssbench/checkpoint.py"},
     "typer": {"cssbench/cli/"},
+    "avalanche": {"cssbench/interop/avalanche/", "examples/"},
+    "continuum": {"cssbench/interop/continuum.py", "examples/"},
+    "wandb": {"cssbench/loggers.py"},
+    "mlflow": {"cssbench/loggers.py"},
     "submitit": {"cssbench/suites/launch.py", "cssbench/suites/attempt.py"},
-    "avalanche": {"cssbench/interop/avalanche.py"},
-    "continuum": {"cssbench/interop/continuum.py"},
 }
 
 # What `--help`, `list`, `status` and `report` import.
