@@ -12,7 +12,6 @@ was copied from there: numbers of training, of which the seconds are those of `s
 from __future__ import annotations
 
 import shutil
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -151,12 +150,7 @@ def _evaluate_steps(made: Experiment, there: RunFolder, done: int, new: bool) ->
         made.model.grow(step)
         if step.index < done:
             continue
-        try:
-            _load(made, there, step)
-        except CssbenchError:
-            if new and made.fabric.is_global_zero and not made.folder.records():
-                _leave_nothing(made.folder.path)
-            raise
+        _load(made, there, step)
         if new and step.index == 0 and made.fabric.is_global_zero:
             made.folder.create()
         made.fabric.barrier()
@@ -166,13 +160,6 @@ def _evaluate_steps(made: Experiment, there: RunFolder, done: int, new: bool) ->
             if new and made.fabric.is_global_zero and not made.folder.records():
                 shutil.rmtree(made.folder.path)  # as `cssbench run`: a mistake seen late leaves nothing
             raise
-
-
-def _leave_nothing(folder: Path) -> None:
-    """Remove a folder that holds no more than its lock: one that was there before may hold anything."""
-    with suppress(OSError):
-        (folder / ".lock").unlink()
-        folder.rmdir()
 
 
 def _load(made: Experiment, there: RunFolder, step: Step) -> None:
