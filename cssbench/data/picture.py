@@ -57,7 +57,7 @@ def _legend(ids: np.ndarray, source: SegDataset) -> list[tuple[tuple[int, ...], 
     entries: list[tuple[tuple[int, ...], str]] = []
     for value in values[np.argsort(-counts)].tolist():
         if value == 0:
-            entries.append((BACKGROUND_COLOUR, "0 background / void"))
+            entries.append((BACKGROUND_COLOUR, "0 background" if source.background_class else "0 background / void"))
         elif value == IGNORE:
             entries.append((IGNORE_COLOUR, "255 ignored"))
         else:
