@@ -25,7 +25,7 @@ FIRST_PARTY = {
 PLUGINS = {"cssbench.scenarios", "cssbench.baselines"}
 TORCH_ROOMS = {f"cssbench.{name}" for name in (
     "models", "losses", "baselines", "trainer", "engine", "task_loop", "evaluate", "checkpoint", "experiment",
-    "contract", "method", "api", "data", "logs", "testing", "step_checkpoint",
+    "contract", "method", "api", "data", "logs", "testing", "step_checkpoint", "portable", "export", "predicting",
 )}  # fmt: skip
 CHECKOUT_NAMES = {"scenarios", "baselines", "reports", "tests"}
 
@@ -52,7 +52,8 @@ NO_TORCH = {"scenarios/", "reports/", "cssbench/cli/", "cssbench/metrics/continu
         "scoring", "compare", "validate",
     )
 } | {f"cssbench/data/{name}.py" for name in (
-    "base", "ade20k", "camvid", "folder", "synthetic", "presence", "verify", "picture", "registry",
+    "base", "ade20k", "camvid", "folder", "synthetic", "presence", "verify", "picture", "registry", "listed", "matlab",
+    "voc", "pascal_context", "coco_stuff", "cityscapes", "statistics",
 )}  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 import cssbench
-from cssbench.cli import check, data, evaluate, listing, profile, published, run, scenario, score
+from cssbench.cli import check, data, evaluate, export, listing, profile, published, run, scenario, score
 from cssbench.errors import CssbenchError
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app.add_typer(scenario.app, name="scenario")
 app.add_typer(data.app, name="data")
 run.register(app)
 evaluate.register(app)
+export.register(app)
 listing.register(app)
 check.register(app)
 profile.register(app)

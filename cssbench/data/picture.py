@@ -65,6 +65,20 @@ def _legend(ids: np.ndarray, source: SegDataset) -> list[tuple[tuple[int, ...], 
     return entries
 
 
+def draw_legend(entries: list[tuple[tuple[int, ...], str]]) -> Image.Image:
+    """(colour, text) pairs as a picture of their own, in columns of at most 20."""
+    font = ImageFont.load_default(14)
+    rows = min(len(entries), 20)
+    width = 40 + max(int(font.getlength(text)) for _, text in entries)
+    sheet = Image.new("RGB", (width * -(-len(entries) // rows), 8 + rows * LINE), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, (fill, text) in enumerate(entries):
+        x, y = 8 + number // rows * width, 4 + number % rows * LINE
+        draw.rectangle((x, y + 2, x + 14, y + 16), fill=fill, outline="black")
+        draw.text((x + 20, y), text, fill="black", font=font)
+    return sheet
+
+
 def _panel(picture: Image.Image, title: str, legend: list[tuple[tuple[int, ...], str]]) -> Image.Image:
     """Title lines, the picture at PANEL width, and the legend in two columns."""
     font = ImageFont.load_default(14)
