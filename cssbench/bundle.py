@@ -24,7 +24,8 @@ from cssbench.errors import ModelError
 ALLOWED = {"torch", "torchvision", "timm", "safetensors", "numpy", "PIL"} | set(sys.stdlib_module_names)
 ALWAYS = {"forward", "grow", "train"}  # methods that PyTorch, or the loading, calls
 NEVER = {"loss", "param_groups", "no_decay_names", "training_inputs", "compiled_parts", "freeze_old"}  # of training
-Definition = ast.FunctionDef | ast.ClassDef | ast.Assign | ast.AnnAssign
+Definition = ast.FunctionDef | ast.ClassDef | ast.Assign | ast.AnnAssign | ast.Try
+AT_ONCE = ast.Assign | ast.AnnAssign | ast.Try  # run while the file is read
 Key = tuple[str, str]  # module, name
 
 
@@ -49,6 +50,8 @@ class _Source:
                 found |= dict.fromkeys(names, node)
             elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value:
                 found[node.target.id] = node
+            elif isinstance(node, ast.Try):  # an import that an older version does not have
+                found |= dict.fromkeys(_bound(node), node)
         return found
 
     @cached_property
@@ -173,7 +176,7 @@ class _Bundle:
                 return
             entered.add(key)
             node = self.kept[key]
-            whole = deep or isinstance(node, ast.Assign | ast.AnnAssign)
+            whole = deep or isinstance(node, AT_ONCE)
             for name in sorted(_used(node) if whole else set(_at_once(node))):
                 found = self._own(key[0], name)
                 if found in self.kept and found is not None:
@@ -225,6 +228,12 @@ class _Renamed(ast.NodeTransformer):
 def _used(node: ast.AST) -> set[str]:
     """Names that code reads, those in annotations left out: they are never evaluated."""
     return {n.id for n in _walk(node) if isinstance(n, ast.Name)}
+
+
+def _bound(node: ast.Try) -> set[str]:
+    """Names that a block imports or assigns."""
+    aliases = {a.asname or a.name for n in ast.walk(node) if isinstance(n, ast.ImportFrom) for a in n.names}
+    return aliases | {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
 
 
 def _at_once(node: Definition) -> Iterator[str]:

@@ -11,12 +11,18 @@ Nothing is pickled. `cssbench predict` reads weights and config.json alone and r
 
 from __future__ import annotations
 
+import inspect
 import shutil
+from functools import cached_property
 from pathlib import Path
+from types import FunctionType
 from typing import Any
+
+from pydantic import BaseModel
 
 import cssbench
 from cssbench import bundle, checkpoint, config, model_card, provenance
+from cssbench.config import Section
 from cssbench.contract import build_model, model_class
 from cssbench.errors import ModelError, RunError
 from cssbench.models.segmenter import count_parameters
@@ -27,6 +33,7 @@ from cssbench.scoring import has_background_class
 FORMAT, VERSION = "cssbench-model", 1
 WEIGHTS, ABOUT, CODE, CARD = "model.safetensors", "config.json", "modeling.py", "README.md"
 HOW = ("short_side", "long_side", "inference", "window", "stride", "chunk", "background_threshold")
+CODE_KINDS = (FunctionType, property, cached_property)
 HEADER = '''"""Model {model} of cssbench {version} and its inference: made by `cssbench export` from its source.
 
     from modeling import load
@@ -67,6 +74,7 @@ def export(source: Path, out: Path, step: int | None = None) -> Path:
         raise RunError(f"{run.path} has steps 0 to {run.num_steps - 1}; there is no step {step}.")
     record, weights = run.weights(step)
     portable, kind = from_run(run, step), model_class(run.config.model.name)
+    _refuse_methods(kind.Config)
     code = bundle.bundle([kind, assemble], [Portable, Options])
     made = not out.exists()
     try:
@@ -81,6 +89,24 @@ def export(source: Path, out: Path, step: int | None = None) -> Path:
             shutil.rmtree(out, ignore_errors=True)
         raise RunError(f"{out} cannot be written ({error.strerror or error}).") from None
     return out
+
+
+def _refuse_methods(options: type[BaseModel]) -> None:
+    """Raises ModelError when options, which are data in the folder, have methods that a model may call."""
+    plain = set(dir(Section))
+    found = [n for n in dir(options) if n not in plain and n[0] != "_" and isinstance(_member(options, n), CODE_KINDS)]
+    if found:
+        raise ModelError(
+            f"The model cannot be exported: its {options.__qualname__} defines {', '.join(found)}, and options are "
+            f"plain data in {ABOUT}. Make it a function that takes the options."
+        )
+    for field in options.model_fields.values():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            _refuse_methods(field.annotation)
+
+
+def _member(options: type[BaseModel], name: str) -> Any:
+    return inspect.getattr_static(options, name, None)
 
 
 def from_run(run: RunFolder, step: int) -> Portable:
