@@ -120,7 +120,7 @@ def from_folder(folder: Path) -> Portable:
 
     Raises RunError when it is no such folder, and what building its model raises.
     """
-    about = read_json(folder / ABOUT)
+    about = read_json(folder / ABOUT) if (folder / ABOUT).exists() else None
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise RunError(
             f"{folder} is neither a run folder nor a model that cssbench exported: it has no config.toml, and no "

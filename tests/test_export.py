@@ -198,7 +198,7 @@ def test_damaged_folders_are_run_errors(tmp_path: Path):
         (folder / "config.json").write_text(json.dumps(about | change))
         with pytest.raises(RunError, match=message):
             export.from_folder(folder)
-    with pytest.raises(RunError, match="is missing"):
+    with pytest.raises(RunError, match="neither a run folder nor"):
         export.from_folder(tmp_path)
 
 
