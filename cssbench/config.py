@@ -126,6 +126,22 @@ class CheckpointConfig(Section):
     iterations: PositiveInt | None = Field(None, description="save after so many iterations; None: not by count")
 
 
+class LogConfig(Section):
+    """Where numbers and sample images go beside the CSV files in logs/ (docs/logging.md)."""
+
+    loggers: list[str] = Field(
+        ["tensorboard"], description="`cssbench list loggers`; wandb and mlflow are extras; []: the CSV alone"
+    )
+    project: str = Field("cssbench", min_length=1, description="project of W&B, experiment of MLflow")
+
+    @field_validator("loggers")
+    @classmethod
+    def _once(cls, names: list[str]) -> list[str]:
+        if len(set(names)) < len(names):
+            raise ValueError("list each logger once")
+        return names
+
+
 class OptimConfig(Section):
     """Optimiser and schedule. Rates with a `later_` twin use it at steps t > 0."""
 
@@ -159,7 +175,22 @@ class TrainConfig(Section):
     )
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
-    devices: PositiveInt = 1
+    devices: PositiveInt = Field(
+        1, description="processes on this machine, a GPU for each; where torchrun starts them, it decides"
+    )
+    strategy: Literal["auto", "ddp", "fsdp"] = Field(
+        "auto",
+        description="of several processes: each holds the whole model (ddp; auto), or a share of it and of the "
+        "optimiser's state while a step trains the encoder (fsdp)",
+    )
+    mask_count: Literal["pass", "processes"] = Field(
+        "pass",
+        description="number of masks by which SegViT's mask losses are divided: that of a pass, or its mean over the "
+        "processes (public code; then the result depends on their number)",
+    )
+    sync_batchnorm: bool = Field(
+        False, description="BatchNorm normalises over the images of all processes at once, not of each alone"
+    )
     compile: bool = Field(
         False, description="torch.compile for the encoder's blocks in training; without a compiler, eager as before"
     )
@@ -242,6 +273,7 @@ class RunConfig(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     cache: CacheConfig = CacheConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
 
     @model_validator(mode="after")
     def _views(self) -> RunConfig:

@@ -51,6 +51,11 @@ class RunError(CssbenchError):
     """A run folder is missing, damaged, in use, or belongs to another configuration."""
 
 
+def fault(error: Exception) -> str:
+    """What a reader of TOML, JSON or YAML found wrong, for a message."""
+    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+
+
 class UnknownNameError(CssbenchError):
     """No part of that kind has that name. `remark` is added to the message."""
 

@@ -12,8 +12,8 @@ from cssbench.progress import say
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
-class Interrupted(KeyboardInterrupt):
-    """A signal ended the command, whose exit code is 128 + `number`."""
+class Interrupted(BaseException):
+    """A signal ended the command; its exit code is 128 + `number`. No KeyboardInterrupt: typer makes 130 of that."""
 
     def __init__(self, number: int):
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -45,10 +45,13 @@ class Signals:
 
 @contextmanager
 def listening() -> Iterator[Signals]:
-    """Handles `STOPPING` inside, where this is the main thread; elsewhere nothing is ever received."""
+    """Handles `STOPPING` inside, where this is the main thread; elsewhere nothing is ever received. A signal that is
+    ignored, as SIGINT is by what a shell script starts in the background, stays so."""
     found, before = Signals(), {}
     try:
         for number in STOPPING:
+            if signal.getsignal(number) is signal.SIG_IGN:
+                continue
             before[number] = signal.signal(number, found.handle)
     except ValueError:  # not the main thread
         pass

@@ -317,12 +317,17 @@ def _claims(part: registry.Part) -> list[registry.Claim[Protocol]]:
     """What one entry point brings. Raises PluginError when it is neither a Protocol nor a tuple of them."""
     loaded = part.load()
     brought = loaded if isinstance(loaded, tuple) else (loaded,)
-    if not all(isinstance(protocol, Protocol) for protocol in brought):
+    # no subclass: to read its id would run a stranger's code
+    if not all(type(p) is Protocol and type(p.version) is int and _words(p) for p in brought):
         raise PluginError(
             f"The {part} is {loaded!r}, not a cssbench.api.Protocol or a tuple of them. "
             f"{registry.remedy(part.distribution, f'Let {part.entry_point.value!r} name one')}"
         )
     return [registry.Claim(p.id, part.distribution, part.entry_point.value, p) for p in brought]
+
+
+def _words(protocol: Protocol) -> bool:
+    return all(type(text) is str for text in (protocol.name, protocol.summary, protocol.used_by))
 
 
 def protocols() -> dict[str, Protocol]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cssbench import registry
-from cssbench.errors import ConfigError, UnknownNameError
+from cssbench.errors import ConfigError, UnknownNameError, fault
 
 KEPT = ("pretrained", "checkpoint", "mean", "std", "drop_path")  # of an encoder, when its model is exchanged
 PARTS = ("method", "model")  # sections whose options belong to the part they name
@@ -28,6 +28,11 @@ def read_recipe(name: str) -> dict[str, Any]:
     an installed recipe is not valid TOML.
     """
     return reduce(extend, _chain("recipes", name))
+
+
+def read_suite(name: str) -> dict[str, Any]:
+    """The content of a suite (`cssbench.suites`): an installed one by name, or a path. Raises as `read_recipe`."""
+    return reduce(_merged, _chain("suites", name))
 
 
 def read_preset(name: str) -> dict[str, Any]:
@@ -164,8 +169,8 @@ def _read_file(group: str, name: str, folder: Path) -> tuple[Path, dict[str, Any
         return path.resolve(), tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UnknownNameError(f"{kind} file", str(path), registry.toml_files(group)) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{kind.capitalize()} {str(path)!r} is not valid TOML: {error}.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{kind.capitalize()} {str(path)!r} is not valid TOML: {fault(error)}.") from None
 
 
 def extend(base: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:
@@ -201,7 +206,7 @@ def override(content: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
             raise ConfigError(f"An override must look like section.key=value, not {assignment!r}.")
         try:
             value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
+        except (tomllib.TOMLDecodeError, RecursionError):
             value = text.strip()
         node = content
         for key in keys[:-1]:

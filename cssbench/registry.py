@@ -12,8 +12,10 @@ from __future__ import annotations
 import difflib
 import importlib.resources
 import re
+import sys
 import tomllib
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import EntryPoint, distributions
@@ -21,11 +23,14 @@ from importlib.util import find_spec
 from pathlib import PurePath
 from typing import Any, Generic, TypeVar
 
-from cssbench.errors import PluginError, UnknownNameError
+from cssbench.errors import CssbenchError, PluginError, UnknownNameError, fault
 
 T = TypeVar("T")
 
-GROUPS = ("methods", "models", "datasets", "scenarios", "recipes", "presets", "protocols", "reports", "tools")
+GROUPS = (
+    "methods", "namespaces", "models", "datasets", "scenarios", "recipes", "presets", "suites", "protocols", "reports",
+    "loggers", "tools",
+)  # fmt: skip
 OWN = "cssbench"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+@-]*")
 
@@ -45,11 +50,34 @@ class Part:
     def load(self) -> Any:
         """Import the part. Raises PluginError, naming the distribution, when that fails in any way."""
         try:
-            return self.entry_point.load()
-        except (Exception, SystemExit) as error:  # a stranger's import may raise anything
+            # what a stranger's import prints is no output of ours
+            with nullcontext() if self.distribution == OWN else redirect_stdout(sys.stderr):
+                return self.entry_point.load()
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a stranger's import may raise anything, and call sys.exit
             raise PluginError(
                 f"The {self} cannot be imported from {self.entry_point.value!r}: {describe(error)}. "
                 f"{remedy(self.distribution, 'Mend that module')}"
+            ) from error
+
+
+@dataclass(frozen=True)
+class Member(Part):
+    """A method that a namespace makes, `namespace:member`: the entry point is that of the namespace, a function of the
+    member's name."""
+
+    def load(self) -> Any:
+        """The method's class. Raises PluginError as `Part.load`, and what errors of cssbench the namespace raises."""
+        make = super().load()
+        try:
+            return make(self.name.partition(":")[2])
+        except CssbenchError:
+            raise
+        except Exception as error:  # a stranger's function may raise anything
+            raise PluginError(
+                f"The {self} cannot be made by {self.entry_point.value!r}: {describe(error)}. "
+                f"{remedy(self.distribution, 'Mend that function')}"
             ) from error
 
 
@@ -216,9 +244,27 @@ def _there(module: str) -> bool:
         return True
 
 
+def find(group: str, name: str) -> Part:
+    """The part `name` of `group`; of methods also `namespace:member`, whose member is not looked at yet. Imports
+    nothing. Raises UnknownNameError (with the nearest names) or PluginError."""
+    namespace, colon, _ = name.partition(":")
+    if group != "methods" or not colon:
+        return catalogue(group).get(name)
+    made_by = catalogue("namespaces").get(namespace)
+    return Member("method", name, made_by.distribution, made_by.entry_point)
+
+
+def distribution_of(group: str, name: str) -> str | None:
+    """Which distribution has the part `name` of `group`; None where there is no such part."""
+    try:
+        return find(group, name).distribution
+    except (UnknownNameError, PluginError):
+        return None
+
+
 def load(group: str, name: str) -> Any:
     """Import the part `name` of `group`. Raises UnknownNameError (with the nearest names) or PluginError."""
-    return catalogue(group).get(name).load()
+    return find(group, name).load()
 
 
 def load_class(group: str, name: str, base: type[T], hooks: Sequence[str | tuple[str, ...]]) -> type[T]:
@@ -226,7 +272,7 @@ def load_class(group: str, name: str, base: type[T], hooks: Sequence[str | tuple
 
     `base` is one of `cssbench.api`. A tuple of hooks: the first one, or instead all the others.
     """
-    part = catalogue(group).get(name)
+    part = find(group, name)
     cls = part.load()
     if not (isinstance(cls, type) and issubclass(cls, base)):
         raise PluginError(
@@ -298,7 +344,13 @@ def _toml_files(part: Part) -> list[Any]:
             f"package that holds TOML files, not {part.entry_point.value!r}. "
             f"{remedy(part.distribution, 'Name such a package')}"
         )
-    return [file for file in importlib.resources.files(package).iterdir() if file.name.endswith(".toml")]
+    try:
+        return [file for file in importlib.resources.files(package).iterdir() if file.name.endswith(".toml")]
+    except Exception as error:  # a stranger's package may be made of anything
+        raise PluginError(
+            f"The {part} names {part.entry_point.value!r}, whose files cannot be listed: {describe(error)}. "
+            f"{remedy(part.distribution, 'Mend that package')}"
+        ) from error
 
 
 def toml_files(group: str) -> dict[str, tuple[str, Any]]:
@@ -311,8 +363,8 @@ def read_toml(group: str, name: str) -> dict[str, Any]:
     distribution, file = toml_catalogue(group).get(name)
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise PluginError(
-            f"The {group.removesuffix('s')} {name!r} of the distribution {distribution!r} is not valid TOML: {error}. "
-            f"{remedy(distribution, 'Mend that file')}"
+            f"The {group.removesuffix('s')} {name!r} of the distribution {distribution!r} is not valid TOML: "
+            f"{fault(error)}. {remedy(distribution, 'Mend that file')}"
         ) from None

@@ -38,9 +38,10 @@ from typing import Any
 import numpy as np
 
 from cssbench.config import RunConfig, validate
-from cssbench.errors import RunError
+from cssbench.errors import RunError, fault
 
 SCHEMA = 1
+LONGEST = 150  # characters of an image's name that go into file names unchanged
 RUN_FILES = ("config.toml", "provenance.json", "scenario.json")
 
 
@@ -54,9 +55,11 @@ def safe_name(name: str) -> str:
 def image_name(stem: str) -> str:
     """The file name for the image `stem`: itself where that is safe, else its letters and part of its SHA-256."""
     try:
-        return safe_name(stem)
+        if len(stem) <= LONGEST:
+            return safe_name(stem)
     except RunError:
-        return f"{re.sub('[^A-Za-z0-9]+', '_', stem)[:80]}-{hashlib.sha256(stem.encode()).hexdigest()[:8]}"
+        pass
+    return f"{re.sub('[^A-Za-z0-9]+', '_', stem)[:80]}-{hashlib.sha256(stem.encode()).hexdigest()[:8]}"
 
 
 @contextmanager
@@ -97,8 +100,8 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError:
         raise RunError(f"{path} is missing: {path.parent} is not a complete run folder.") from None
-    except ValueError as error:
-        raise RunError(f"{path} is damaged ({error}).") from None
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{path} is damaged ({fault(error)}).") from None
 
 
 def sha256(path: Path) -> str:
@@ -137,7 +140,9 @@ class StepRecord:
             with (self.folder / "matrices.npz").open("rb") as raw, np.load(raw, allow_pickle=False) as file:
                 return {key: file[key] for key in file.files}
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise RunError(f"{self.folder / 'matrices.npz'} is missing or damaged ({error}).") from None
+            # NumPy's own ValueError tells how to run what a pickle holds.
+            reason = "it is no archive of arrays" if isinstance(error, ValueError) else error
+            raise RunError(f"{self.folder / 'matrices.npz'} is missing or damaged ({reason}).") from None
 
     def samples(self) -> dict[str, Path]:
         """Predictions of the sample images: stem -> palette PNG."""
@@ -211,8 +216,8 @@ class RunFolder:
             content = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
         except OSError:
             raise RunError(f"{path} is not a run folder: it has no config.toml. `cssbench run` makes one.") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise RunError(f"{path / 'config.toml'} is damaged ({error}).") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise RunError(f"{path / 'config.toml'} is damaged ({fault(error)}).") from None
         provenance, scenario = read_json(path / "provenance.json"), read_json(path / "scenario.json")
         # The schema first: a folder of another version may hold other keys, and is not damaged for that.
         if isinstance(provenance, dict) and provenance.get("schema") != SCHEMA:

@@ -31,7 +31,7 @@ from cssbench.lock import FileLock
 from cssbench.method import StepContext
 from cssbench.models.segmenter import Segmenter
 from cssbench.progress import say
-from cssbench.results import content_digest, read_json, sha256, write_bytes, write_json
+from cssbench.results import content_digest, read_json, safe_name, sha256, write_bytes, write_json
 from cssbench.step_evaluation import Evaluated
 
 POLL = 0.5  # seconds between two looks at a lock that another process holds
@@ -102,7 +102,7 @@ class BaseStep:
             return {}
         try:
             numbers = read_json(self.path / "numbers.json")
-            sums = all(sha256(self.path / name) == recorded for name, recorded in numbers["sha256"].items())
+            sums = all(sha256(self.path / safe_name(name)) == recorded for name, recorded in numbers["sha256"].items())
             if sums and numbers["digest"] == content_digest(numbers) and numbers["key"] == self.key:
                 return numbers
         except (RunError, OSError, KeyError, TypeError, AttributeError):
@@ -175,14 +175,10 @@ class BaseStep:
         return None
 
     def keep_evaluation(self, found: Evaluated) -> None:
-        """Store what `evaluate_step` returned; each process brings the samples of its own images."""
-        if self.root is None:
-            return
-        mine = {"s": found.samples, "d": found.depths}
-        shares = [self.fabric.broadcast(mine, rank) for rank in range(self.fabric.world_size)]
-        if self.fabric.is_global_zero and self.path.is_dir():
+        """Store what `evaluate_step` returned."""
+        if self.root is not None and self.fabric.is_global_zero and self.path.is_dir():
             arrays = {f"m.{key}": matrix for key, matrix in found.matrices.items()}
-            for kind, pictures in (item for share in shares for item in share.items()):
+            for kind, pictures in (("s", found.samples), ("d", found.depths)):
                 arrays |= {f"{kind}.{self.made.sample_stems.index(stem)}": ids for stem, ids in pictures.items()}
             buffer = io.BytesIO()
             np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]

@@ -261,8 +261,8 @@ NEEDED = "% needs \\usepackage{amssymb,booktabs,graphicx,xcolor} and \\usepackag
 
 
 def file_part(name: str) -> str:
-    """`name` with everything replaced that cannot stand in a file name."""
-    return re.sub(r"[^A-Za-z0-9@._-]", "_", name)
+    """`name` with everything replaced that cannot stand in a file name, cut to 100 characters."""
+    return re.sub(r"[^A-Za-z0-9@._-]", "_", name)[:100]
 
 
 def file_parts(names: Iterable[str]) -> dict[str, str]:

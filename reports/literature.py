@@ -19,7 +19,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cssbench.config import explain_validation
-from cssbench.errors import DataError
+from cssbench.errors import DataError, fault
 from cssbench.scenario import Mode
 
 Percent = Annotated[Decimal, Field(ge=0, le=100, allow_inf_nan=False)]
@@ -175,8 +175,8 @@ def read(path: Traversable) -> Published:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}. Name a YAML file of rows.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not valid YAML: {' '.join(str(error).split())}. Mend that line.") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise DataError(f"{path} is not valid YAML: {' '.join(fault(error).split())}. Mend that line.") from None
     known = {"defaults", *SECTIONS}
     if not isinstance(content, dict) or not known > set(content) - {"defaults"} > set():
         raise DataError(

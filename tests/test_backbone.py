@@ -333,7 +333,7 @@ def test_weights_of_another_model_are_refused(tmp_path, change, first):
     state = dict(vit.state_dict())
     change(state)
     torch.save(state, tmp_path / "weights.pth")
-    with pytest.raises(ModelError, match=f"is not of this model: .*the first being '{first}'"):
+    with pytest.raises(ModelError, match=f"is not of this model: .*'{first}'"):
         make(checkpoint=str(tmp_path / "weights.pth"))
 
 

@@ -149,7 +149,10 @@ def test_a_file_of_another_family_is_refused(tmp_path, name, other):
         make(name, checkpoint=str(tmp_path / "other.pth"))
 
 
-@pytest.mark.parametrize("change", ["missing", "shape", "more"])
+SAID = {"missing": "missing", "shape": "of another shape", "more": "unexpected"}
+
+
+@pytest.mark.parametrize("change", SAID)
 @pytest.mark.parametrize(("name", "tensor"), [(BEIT, "blocks.1.attn.q_bias"), (DINOV3, "blocks.1.gamma_1")])
 def test_a_file_that_does_not_fit_is_refused(tmp_path, name, tensor, change):
     state = dict(make_timm(name, 32).state_dict())
@@ -161,8 +164,57 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path, name, tensor, change):
         tensor = "blocks.0.more"
         state[tensor] = torch.ones(7)
     torch.save(state, tmp_path / "bad.pth")
-    with pytest.raises(ModelError, match=f"is not of this model: 1 tensors .* first being '{tensor}'"):
+    with pytest.raises(ModelError, match=rf"is not of this model: 1 {SAID[change]} \('{tensor}'"):
         make(name, checkpoint=str(tmp_path / "bad.pth"))
     if change == "missing":
         torch.save({n: t for n, t in state.items() if not n.startswith(("blocks.1", "blocks.2"))}, tmp_path / "bad.pth")
         make(name, checkpoint=str(tmp_path / "bad.pth"), layers=[1])  # later blocks are not needed
+
+
+# Wrappings: what training scripts put around a state dict, and before its names.
+
+WRAPPED = {
+    "state_dict": lambda state: {"epoch": 3, "state_dict": state, "optimizer": {"lr": 0.1}},
+    "model in state_dict": lambda state: {"state_dict": {"model": state}},
+    "DataParallel": lambda state: {"model": {f"module.{n}": t for n, t in state.items()}},
+    "compiled in DataParallel": lambda state: {f"module._orig_mod.{n}": t for n, t in state.items()},
+    "backbone of a segmenter": lambda state: {
+        "state_dict": {f"module.backbone.{n}": t for n, t in state.items()} | {"module.head.w": torch.ones(3)}
+    },
+    "encoder": lambda state: {"encoder.model." + n: t for n, t in state.items()} | {"decoder.w": torch.ones(3)},
+    "student and teacher": lambda state: {"teacher": {f"backbone.{n}": t for n, t in state.items()}, "student": {}},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("wrapping", WRAPPED)
+def test_wrapped_state_dicts_are_found(tmp_path, wrapping):
+    vit = make_timm("vit_base_patch16_384", 32)
+    torch.save(WRAPPED[wrapping](dict(vit.state_dict())), tmp_path / "weights.pth")
+    backbone = make("vit_base_patch16_384", checkpoint=str(tmp_path / "weights.pth"))
+    same(backbone(images()), taps_of_timm(vit, images(), "drop"))
+
+
+def test_what_does_not_fit_is_reported_by_name_and_shape(tmp_path):
+    state = dict(make_timm("vit_base_patch16_384", 32).state_dict())
+    state["blocks.0.norm1.weight"] = torch.ones(7)
+    state["extra.a"] = state["extra.b"] = torch.ones(2)
+    for name in [n for n in state if n.startswith("blocks.1.")]:
+        del state[name]
+    torch.save({"model": state}, tmp_path / "bad.pth")
+    with pytest.raises(ModelError) as caught:
+        make("vit_base_patch16_384", checkpoint=str(tmp_path / "bad.pth"))
+    said = str(caught.value)
+    assert "12 missing ('blocks.1.attn.proj.bias', " in said
+    assert " and 7 more)" in said
+    assert "2 unexpected ('extra.a', 'extra.b')" in said
+    assert "1 of another shape ('blocks.0.norm1.weight' 7 for 24)" in said
+
+
+@pytest.mark.parametrize(
+    "content", [{}, {"model": {"epoch": 3}}, {"state_dict": []}, [torch.ones(2)], torch.ones(2), 7]
+)
+def test_files_without_tensors_by_name_are_refused(tmp_path, content):
+    torch.save(content, tmp_path / "bad.pth")
+    with pytest.raises(ModelError, match=r"bad\.pth' (is not of this model|cannot be loaded)"):
+        make("vit_base_patch16_384", checkpoint=str(tmp_path / "bad.pth"))

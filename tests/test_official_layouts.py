@@ -14,6 +14,7 @@ from cssbench.data.cityscapes import Cityscapes
 from cssbench.data.coco_stuff import COCOStuff10K
 from cssbench.data.matlab import read_matrix
 from cssbench.data.pascal_context import PascalContext, PascalContext60
+from cssbench.data.statistics import count_pixels, frequencies
 from cssbench.data.voc import VOC
 from cssbench.errors import ConfigError, DataError
 
@@ -331,20 +332,22 @@ def test_the_command_line_tells_them_from_their_folders(tmp_path, command, name)
         stuff_tree(tmp_path, "converted")
     else:
         city_tree(tmp_path, "labelIds", {key: gray(*rows) for key, rows in STREETS.items()})
-    for verb in ("verify", "index", "stats"):
+    for verb in ("verify", "index"):
         code, out, _ = command("data", verb, tmp_path)
         assert (code, f"{name} at" in out) == (0, True)
-    assert ("void" in out, "background" in out) == (name != "voc", name == "voc")
+    assert ("0  background" in out) == (name == "voc")
 
 
-def test_stats_count_pixels_and_sizes(tmp_path, command):
+def test_stats_name_background_where_it_is_a_class(tmp_path):
     voc_tree(tmp_path, LABELS)
-    _, out, _ = command("data", "stats", tmp_path)
-    assert "train: 2 images; width 2 to 4, median 3; height 1 to 2, median 1 px" in out
-    rows = {line.split()[0]: line.split()[2:] for line in out.splitlines() if line.strip()[:1].isdigit()}
-    # 10 training pixels: 3 background, 2 border, 2 of class 20
-    assert (rows["0"][0], rows["255"][0], rows["20"][0]) == ("30.000", "20.000", "20.000")
-    assert rows["7"][1] == "33.333"
+    data, scene = (
+        VOC(tmp_path),
+        scenario.from_dict("two", {"dataset": "voc", "classes": 20, "base": 5, "increment": 15}),
+    )
+    for named, expected in ((data.background_class, "background"), (False, "void")):
+        first, _ = frequencies(scene, count_pixels(data), data.classes, named)
+        zero = next(row for row in first.rows if row.class_id == 0)
+        assert (zero.name, zero.seen_as, zero.pixels) == (expected, "background", 3)
 
 
 SIZES = {

@@ -1,5 +1,6 @@
-"""`cssbench list ...`: what is installed, and from which distribution. Imports no method, dataset or report, and models
-only to count what they cost.
+"""`cssbench list ...`: what is installed, and from which distribution. Imports no method, dataset or report, and of
+models only our own, to count what they cost. Of a stranger's code nothing runs but the import of packages that hold
+TOML files or protocols.
 
 What is wrong with installed packages stands below the table, on stderr; it stops nothing.
 """
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cssbench import registry
+from cssbench.cli.text import plain
 from cssbench.errors import PluginError
 
 
@@ -29,8 +31,10 @@ class Kind(StrEnum):
     datasets = "datasets"
     scenarios = "scenarios"
     recipes = "recipes"
+    suites = "suites"
     protocols = "protocols"
     reports = "reports"
+    loggers = "loggers"
 
 
 Rows = list[tuple[str, ...]]
@@ -41,12 +45,12 @@ def register(app: typer.Typer) -> None:
 
 
 def list_parts(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> None:
-    """List installed methods, models with their cost, presets, datasets, scenarios, recipes, protocols or reports."""
+    """List what is installed: methods, models with their cost, scenarios, recipes, presets, suites, reports."""
     one = kind.value.removesuffix("s")
     headings: tuple[str, ...]
     if kind == Kind.models:
         headings, (rows, complaints) = (one, "from", "M parameters", "GFLOPs", "source"), _models()
-    elif kind in (Kind.scenarios, Kind.recipes, Kind.presets):
+    elif kind in (Kind.scenarios, Kind.recipes, Kind.presets, Kind.suites):
         headings, (rows, complaints) = (one, "from", "description"), _files(kind.value)
     elif kind == Kind.protocols:
         headings, (rows, complaints) = (one, "used by", "what it does"), _protocols()
@@ -54,19 +58,25 @@ def list_parts(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> N
         headings, (rows, complaints) = (one, "from", "where"), _parts(kind.value)
     table = Table(*headings, box=None, header_style="bold")
     for row in rows:
-        table.add_row(*map(_plain, row))
+        table.add_row(*map(plain, row))
     Console(markup=False).print(table)
     if kind == Kind.models:
         typer.echo("At 512 px with 150 classes; one multiply-add = 1 FLOP. Models with their defaults, then presets.")
+        if any(row[1] != registry.OWN for row in rows):
+            typer.echo("- : a model of another package; `cssbench profile NAME` runs its code to count it.")
     warnings = Console(stderr=True, markup=False, highlight=False)
     for complaint in complaints:
         warnings.print("Warning:", style="bold yellow", end=" ")
-        warnings.print(_plain(complaint), soft_wrap=True)
+        warnings.print(plain(complaint), soft_wrap=True)
 
 
 def _parts(group: str) -> tuple[Rows, list[str]]:
     rows: Rows = [(part.name, part.distribution, part.entry_point.value) for part in registry.parts(group).values()]
-    return rows, registry.catalogue(group).complaints + registry.missing_modules(group)
+    complaints = registry.catalogue(group).complaints + registry.missing_modules(group)
+    if group == "methods":
+        more, wrong = _parts("namespaces")
+        return rows + [(f"{name}:NAME", *rest) for name, *rest in more], complaints + wrong
+    return rows, complaints
 
 
 def _models() -> tuple[Rows, list[str]]:
@@ -76,14 +86,18 @@ def _models() -> tuple[Rows, list[str]]:
     rows: Rows = []
     complaints = _parts("models")[1] + registry.toml_catalogue("presets").complaints
     owners = {name: part.distribution for name, part in registry.parts("models").items()}
+    ours = {name for name, owner in owners.items() if owner == registry.OWN}
     for name in (*owners, *recipes.known_presets()):
         owner = owners.get(name) or registry.toml_files("presets")[name][0]
         parameters = gflops = source = "-"
         try:
+            if recipes.named_model(name)["name"] not in ours:  # building it would run a stranger's code
+                rows.append((name, owner, parameters, gflops, source))
+                continue
             count, cost = typical_cost(name)
             parameters, gflops = f"{count / 1e6:.1f}", "by image" if cost is None else f"{cost:.1f}"
             source = _source(name)
-        except Exception as error:  # a stranger's model may raise anything
+        except Exception as error:  # a stranger's preset may hold anything
             complaints.append(f"The model {name!r} of the distribution {owner!r} cannot be counted: {error}")
         rows.append((name, owner, parameters, gflops, source))
     return rows, complaints
@@ -121,8 +135,3 @@ def _protocols() -> tuple[Rows, list[str]]:
     found = catalogue()
     rows: Rows = [(p.id, p.used_by, p.summary) for p in found.found.values()]
     return rows, found.complaints
-
-
-def _plain(text: str) -> str:
-    """In one line, without control characters: what strangers wrote is no command to the terminal."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())

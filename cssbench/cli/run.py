@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from cssbench import processes
+from cssbench.cli.text import plain
 from cssbench.errors import ConfigError, DataError, ModelError, PluginError, RunError
 
 Out = Annotated[Path, typer.Option("--out", help="Run folder to make.")]
@@ -62,6 +65,9 @@ def start_run(
     wanted = config.validate(content, f"Recipe {recipe!r}")
     if (out / "config.toml").exists():
         _refuse_existing(out, wanted)
+    places: dict[str, Any] = {"--out": out, "--data": data, "--shared": shared, "--model": model}
+    words = [str(word) for option in places.items() if option[1] is not None for word in option]
+    processes.start(wanted.train.devices, ["run", recipe, *words, *(f"--set={change}" for change in changes)])
     from cssbench.experiment import build_experiment, resolve, sole_writer
     from cssbench.task_loop import run as run_steps
 
@@ -112,6 +118,9 @@ def resume_run(folder: Path, data: Path | None, shared: Path | None = None) -> N
     if there.finished:
         typer.echo(f"{folder} is finished: {there.num_steps} of {there.num_steps} steps.")
         return
+    places: dict[str, Any] = {"--data": data, "--shared": shared}
+    words = [str(word) for option in places.items() if option[1] is not None for word in option]
+    processes.start(there.config.train.devices, ["resume", str(folder), *words])
     from cssbench.experiment import build_experiment, sole_writer
     from cssbench.task_loop import run as run_steps
 
@@ -135,7 +144,8 @@ def status(folder: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
     there = RunFolder.read(folder)
     records = there.records()
     config = there.config
-    typer.echo(f"{folder}: {config.method.name} on {there.scenario['name']}, {len(records)} of {there.num_steps} steps")
+    of = f"{plain(config.method.name)} on {plain(there.scenario['name'])}"
+    typer.echo(f"{folder}: {of}, {len(records)} of {there.num_steps} steps")
     table = Table(box=None)
     table.add_column("step")
     for heading in ("images", "iterations", "minutes"):
@@ -173,14 +183,31 @@ def report(
 
 
 def write_report(
-    runs: list[Path], out: Path, kind: str, protocol_ids: list[str], allow_mixed: bool = False
+    runs: list[Path],
+    out: Path,
+    kind: str,
+    protocol_ids: list[str],
+    allow_mixed: bool = False,
+    notices: Sequence[str] = (),
 ) -> list[Path]:
+    """Write a report. notices: what a reader must know of runs that are not in it; they stand in not-finished.md, and
+    in the report itself where its function takes `notices`."""
+    import inspect
+
     from cssbench import protocol, registry
-    from cssbench.results import RunFolder
+    from cssbench.results import RunFolder, write_bytes
 
     ids = [protocol.get(name).id for name in protocol_ids]
     write = registry.load("reports", kind)
-    return write([RunFolder.read(path) for path in runs], out, ids, allow_mixed=allow_mixed)
+    takes = "notices" in inspect.signature(write).parameters
+    more = {"notices": tuple(notices)} if takes else {}
+    written = write([RunFolder.read(path) for path in runs], out, ids, allow_mixed=allow_mixed, **more)
+    listed = out / "not-finished.md"
+    listed.unlink(missing_ok=True)
+    if notices:
+        write_bytes(listed, "".join(f"- {notice}\n" for notice in notices).encode())
+        return [*written, listed]
+    return written
 
 
 def demo(out: Annotated[Path, typer.Option("--out", help="Folder for runs, data and report.")] = Path("demo")) -> None:

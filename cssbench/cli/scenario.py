@@ -110,14 +110,14 @@ def explain(
     """Write a picture of one training image: the image, its full labels, and what the learner sees at a step."""
     from cssbench import scenario
     from cssbench.data.picture import explain_picture
-    from cssbench.results import atomic_path, safe_name
+    from cssbench.results import atomic_path, image_name
 
     scene = scenario.load(name, mode=mode)
     if not 0 <= step < len(scene.steps):
         raise ScenarioError(f"Scenario {scene.name!r} has steps 0 to {len(scene.steps) - 1}; there is no step {step}.")
     source = open_dataset(scene.dataset, data, option)
     picture = explain_picture(scene, scene.steps[step], source, image)
-    out = out or Path(safe_name(f"explain-{scene.name}-{image}-step{step}.png"))
+    out = out or Path(f"{image_name(f'explain-{scene.name}-{image}-step{step}')}.png")
     with atomic_path(out) as temporary:
         picture.save(temporary, format="PNG")
     typer.echo(out)

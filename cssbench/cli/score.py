@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from cssbench.cli.text import plain
 from cssbench.errors import RunError
 
 if TYPE_CHECKING:
@@ -221,6 +222,6 @@ def _print(headings: tuple[str, ...], rows: list[tuple[str, ...]], left: tuple[s
     for heading in headings:
         table.add_column(heading, justify="left" if heading in left else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(plain, row))
     terminal = Console(highlight=False, markup=False)
     (terminal if terminal.is_terminal else Console(highlight=False, markup=False, width=4000)).print(table)

@@ -4,9 +4,28 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cssbench.data.archive import Archive
 from cssbench.data.base import SegDataset, read_classes
 
 OFFICIAL = "ADEChallengeData2016"
+TERMS = """\
+ADE20K, in the form of the MIT Scene Parsing Benchmark (https://sceneparsing.csail.mit.edu), is given out by MIT CSAIL
+for non-commercial research and education. Whoever uses it answers for that use, images included, whose authors keep
+their rights, and cites Zhou et al., Scene Parsing through ADE20K Dataset, CVPR 2017, and Semantic Understanding of
+Scenes through the ADE20K Dataset, IJCV 2019. That is a summary. What counts are the terms themselves:
+https://ade20k.csail.mit.edu/terms/"""
+# No SHA-256 of this archive is published. SHA-1: the preparation scripts of several projects, such as Segmenter
+# (rstrudel/segmenter, segm/scripts/prepare_ade20k.py); MD5: several data loaders in the manner of torchvision; size:
+# what the server told them.
+ARCHIVE = Archive(
+    url="https://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",
+    folder=OFFICIAL,
+    terms=TERMS,
+    size=967_382_037,
+    digests={"sha1": "219e1696abb36c8ba3a3afe7fb2f4b4606a897c7", "md5": "7328b3957e407ddae1d3cbf487f149ef"},
+    limit=2**32,
+    images={"train": 20210, "val": 2000},
+)
 
 
 class ADE20K(SegDataset):
@@ -16,6 +35,7 @@ class ADE20K(SegDataset):
     """
 
     name = "ade20k"
+    archive = ARCHIVE
     classes, palette = read_classes("ade20k.csv")
 
     def __init__(self, root: str | Path):

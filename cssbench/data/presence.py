@@ -18,7 +18,7 @@ import numpy as np
 from cssbench.data.base import SegDataset
 from cssbench.data.parallel import parallel_map
 from cssbench.errors import DataError, RunError
-from cssbench.results import write_bytes
+from cssbench.results import image_name, write_bytes
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ def build(
     """
     stems = dataset.stems(split)
     mark = dataset.fingerprint(split, deep=deep, times=True)
-    path = (cache_dir or cache_folder()) / f"presence-{dataset.name}-{dataset.num_classes}-{split}-{mark}.npz"
+    name = image_name(f"presence-{dataset.name}-{dataset.num_classes}-{split}-{mark}")  # a stranger's names, perhaps
+    path = (cache_dir or cache_folder()) / f"{name}.npz"
     table = _read(path, (len(stems), dataset.num_classes + 1))
     if table is None:
         rows = parallel_map(partial(_row, dataset, split), stems, f"Indexing {split} labels", progress=progress)

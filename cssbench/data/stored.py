@@ -29,6 +29,7 @@ from cssbench.data.parallel import parallel_map
 from cssbench.data.presence import cache_folder
 from cssbench.data.transforms import resize, resize_label, short_side_size, to_tensor
 from cssbench.progress import say, size_text
+from cssbench.results import image_name
 
 GIB = 2**30
 SUFFIX = ".pair"
@@ -55,7 +56,7 @@ class StoredDataset(SegDataset):
         kind = type(source)
         facts = (kind.__module__, kind.__qualname__, str(source.root.resolve()), sorted((options or {}).items()), side)
         digest = hashlib.sha256(repr(facts).encode() + source.raw_table().tobytes()).hexdigest()
-        self.folder = cache_folder() / "images" / f"{source.name}-{digest[:16]}"
+        self.folder = cache_folder() / "images" / image_name(f"{source.name}-{digest[:16]}")
 
     def layout(self) -> str:
         return self.source.layout()
@@ -120,7 +121,7 @@ class StoredDataset(SegDataset):
 
     def _place(self, split: str, stem: str) -> Path:
         name = hashlib.sha256(stem.encode()).hexdigest()[:32]
-        return self.folder / split / name[:2] / f"{name}{SUFFIX}"
+        return self.folder / image_name(split) / name[:2] / f"{name}{SUFFIX}"
 
     def _originals(self, split: str, stem: str) -> bytes | None:
         """Digest of names, sizes and times of change of the image and the label map; None where a file is missing."""

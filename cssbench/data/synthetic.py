@@ -102,6 +102,7 @@ class Synthetic(SegDataset):
     """
 
     name = "synthetic"
+    archive = "its scenes are generated in the data root when they are first needed"
 
     def __init__(
         self,
