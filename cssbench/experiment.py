@@ -146,6 +146,7 @@ class Experiment:
             "classes": list(self.data.classes),
             "palette": self.data.palette.tolist(),
             "steps": [{"new": list(s.new), "images": len(i), "sha256": stems_digest(i)} for s, i in steps],
+            **({"background_class": True} if self.data.background_class else {}),
         }
 
     def describe_data(self) -> dict[str, Any]:
@@ -250,11 +251,16 @@ def _holdout_steps(scene: Scenario, held: PresenceIndex) -> list[list[str]]:
 
 
 def check_classes(scene: Scenario, data: SegDataset) -> None:
-    """Raises ConfigError when scenario and dataset do not have the same number of classes."""
+    """Raises ConfigError when scenario and dataset do not have the same number of classes, or mean another label 0."""
     if scene.num_classes != data.num_classes:
         raise ConfigError(
             f"Scenario {scene.name!r} has {scene.num_classes} classes, dataset {data.name!r} at {data.root} has "
             f"{data.num_classes}. Use the scenario of that dataset, or set data.options."
+        )
+    if scene.void == "ignore" and data.background_class:
+        raise ConfigError(
+            f"Scenario {scene.name!r} ignores void in training, but label 0 of dataset {data.name!r} is background, a "
+            f'class of its own. Leave `void` at "background".'
         )
 
 

@@ -33,7 +33,7 @@ FIRST_PARTY = {
 PLUGINS = {"cssbench.scenarios", "cssbench.baselines"}
 TORCH_ROOMS = {f"cssbench.{name}" for name in (
     "models", "losses", "baselines", "trainer", "engine", "task_loop", "evaluate", "checkpoint", "experiment",
-    "contract", "method", "api", "data", "logs", "testing", "step_checkpoint",
+    "contract", "method", "api", "data", "logs", "testing", "step_checkpoint", "portable", "export", "predicting",
     "sync_batchnorm",
 )}  # fmt: skip
 CHECKOUT_NAMES = {"scenarios", "baselines", "reports", "tests"}
@@ -65,8 +65,8 @@ NO_TORCH = {"scenarios/", "reports/", "cssbench/cli/", "cssbench/metrics/continu
         "suites/attempt", "suites/launch",
     )
 } | {f"cssbench/data/{name}.py" for name in (
-    "base", "ade20k", "camvid", "folder", "synthetic", "presence", "verify", "picture", "registry",
-    "archive", "download", "fetch", "statistics",
+    "base", "ade20k", "camvid", "folder", "synthetic", "presence", "verify", "picture", "registry", "listed", "matlab",
+    "voc", "pascal_context", "coco_stuff", "cityscapes", "archive", "download", "fetch", "statistics",
 )}  # fmt: skip
 
 
