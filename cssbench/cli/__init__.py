@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 import cssbench
-from cssbench.cli import check, data, evaluate, listing, profile, published, run, scenario, score
+from cssbench.cli import check, data, doctor, evaluate, listing, profile, published, run, scenario, score
 from cssbench.cli.text import plain_lines
 from cssbench.errors import CssbenchError
 
@@ -32,6 +32,7 @@ run.register(app)
 evaluate.register(app)
 listing.register(app)
 check.register(app)
+doctor.register(app)
 profile.register(app)
 score.register(app)
 published.register(app)

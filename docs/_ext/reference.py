@@ -20,7 +20,10 @@ SHOWN = 12  # steps that are listed one by one
 def scenarios() -> str:
     """One section per installed scenario of ours: its facts, its steps, the file it is."""
     lines = ["# Scenarios", ""]
-    lines += ["Made from the installed scenarios when this page was built. `cssbench list scenarios` lists them, with", ""]
+    lines += [
+        "Made from the installed scenarios when this page was built. `cssbench list scenarios` lists them, with",
+        "",
+    ]
     lines[-2] += " those of other packages; [Datasets and scenarios](../data.md) explains the keys and the modes."
     names = [name for name, owner in scenario.names().items() if owner == registry.OWN]
     lines += ["| scenario | dataset | steps | classes of the steps | mode |", "|---|---|---:|---|---|"]
@@ -103,7 +106,9 @@ def commands() -> str:
     from cssbench.cli import app
 
     lines = ["# Commands", "", "Made from the command line itself when this page was built: what `--help` prints.", ""]
-    lines += ["Exit codes: 0 done, 1 a check found something, 2 a mistake in the input, 130 and 143 stopped by a signal."]
+    lines += [
+        "Exit codes: 0 done, 1 a check found something, 2 a mistake in the input, 130 and 143 stopped by a signal."
+    ]
     for words, command in _walk("cssbench", get_command(app)):
         lines += ["", f"## {words}", "", (command.help or "").replace("\n", " ").strip(), ""]
         rows = [p for p in command.params if not getattr(p, "hidden", False) and p.name not in ("help", "version")]
