@@ -36,6 +36,6 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = F
             if check.advice and check.state != "ok":
                 console.print(f"       -> {escape(plain(check.advice))}", soft_wrap=True)
         hint = "`cssbench demo` is a first run; `cssbench --install-completion` completes names on Tab."
-        console.print(hint if not broken else f"{len(broken)} broken: see above.", markup=False)
+        console.print(hint if not broken else f"{len(broken)} broken: see above.", markup=False, soft_wrap=True)
     if broken:
         raise typer.Exit(1)
