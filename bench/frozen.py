@@ -28,7 +28,7 @@ from cssbench.method import Method, StepContext
 from cssbench.models.segmenter import Segmenter
 from cssbench.profile import build_model, cut_steps
 from cssbench.scenario import Scenario, Step
-from cssbench.trainer import FiniteCheck, forward, make_optimizer, use_fused
+from cssbench.trainer import FiniteCheck, LossPass, forward, make_optimizer, use_fused
 
 SIZE, BATCH = 512, 2
 OPTIONS = {"backbone": {"name": "vit_base_patch16_384", "image_size": SIZE}}
@@ -52,7 +52,7 @@ class Learner:
     def forward(self, batch: dict[str, Any]) -> tuple[Tensor, FiniteCheck]:
         """The loss, and whether it is finite."""
         self.ctx.model.train()
-        terms = forward(self.fabric, self.ctx, self.module, self.method, batch, TrainConfig(iterations=1))
+        terms = forward(self.fabric, self.module, batch, TrainConfig(iterations=1))
         total = torch.stack(list(terms.values())).sum()
         return total, FiniteCheck(total, terms, batch["names"])
 
@@ -75,9 +75,10 @@ def learner(fabric: Any, steps: tuple[Step, ...], number: int, options: dict[str
         Scenario("bench", "none", groups=groups), steps[number], model, None, [], None, fabric.device, (2,), {}, print
     )
     method.start_step(ctx)
-    fused = use_fused(OptimConfig(), TrainConfig(iterations=1))
+    train = TrainConfig(iterations=1)
+    fused = use_fused(OptimConfig(), train)
     optimizer = make_optimizer(OptimConfig(), method.param_groups(ctx), number, fused)
-    module, optimizer = fabric.setup(model, optimizer)
+    module, optimizer = fabric.setup(LossPass(fabric, ctx, method, train), optimizer)
     return Learner(fabric, ctx, method, module, optimizer)
 
 

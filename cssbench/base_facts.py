@@ -14,44 +14,39 @@ from torch import nn
 
 import cssbench
 from cssbench import provenance, registry
+from cssbench.config import RunConfig
 from cssbench.experiment import Experiment
 from cssbench.method import Method
 from cssbench.results import sha256
-from cssbench.scenario import stems_digest
+from cssbench.scenario import Scenario, stems_digest
 
 PACKAGES = ("torch", "torchvision", "timm", "lightning", "numpy", "pillow")
-NOT_TRAINING = {"cli", "baselines", "scenarios", "reports"}  # folders below the package that no base step depends on
+NOT_TRAINING = {
+    "cli",
+    "suites",
+    "baselines",
+    "scenarios",
+    "reports",
+}  # folders that no base step depends on
 
 
 def base_facts(made: Experiment) -> dict[str, Any]:
     """Everything that determines the trained base step, before it is trained. Settings are listed by exclusion, so
     that a new one counts until somebody says that it does not matter."""
     config, scene, device = made.config, made.scenario, made.fabric.device.type
-    train = config.train.model_dump(
-        mode="json", exclude={"iterations", "epochs", "accelerator", "devices", "log_every", "initial"}
-    )  # `initial` counts by the weights that it gave
-    optim = {name: v for name, v in config.optim.model_dump(mode="json").items() if not name.startswith("later_")}
     stems, method = made.train_stems[0], made.method
     return {
         "data": _origin("datasets", scene.dataset, made.data)
         | {"options": _by_content(config.data.options), "fingerprint": made.data.fingerprint("train")}
         | {"stored_side": config.data.stored_side},
         "images": {"trained": stems_digest(stems), "held_out": stems_digest(made.holdout_stems[0])},
-        "labels": {
-            "classes": list(scene.steps[0].new),
-            "void": scene.void,
-            "table": hashlib.sha256(scene.train_table(scene.steps[0]).tobytes()).hexdigest(),
-        },
         "model": _origin("models", config.model.name, made.model)
         | {"options": _by_content(config.model.options), "initial": weights_digest(made.model)},
         "method": None
         if is_plain(method)
         else _origin("methods", config.method.name, method)
         | {"options": _by_content(config.method.options), "scenario": [list(group) for group in scene.groups]},
-        "augment": config.augment.model_dump(mode="json", exclude={"later_views"}),
-        "optim": optim,
-        "train": train | {"iterations": config.train.length(0, len(stems))},
-        "seed": config.seed,
+        **settings_facts(config, scene, config.train.length(0, len(stems))),
         "machine": {
             "device": device,
             "processes": made.fabric.world_size,
@@ -59,6 +54,25 @@ def base_facts(made: Experiment) -> dict[str, Any]:
         },
         "packages": {name: provenance.package_version(name) for name in PACKAGES},
         "sources": sources(),
+    }
+
+
+def settings_facts(config: RunConfig, scene: Scenario, iterations: int) -> dict[str, Any]:
+    """The part of `base_facts` that settings alone determine; known before there is a model, as in `cssbench suite`."""
+    train = config.train.model_dump(
+        mode="json", exclude={"iterations", "epochs", "accelerator", "devices", "log_every", "initial"}
+    )  # `initial` counts by the weights that it gave
+    optim = {name: v for name, v in config.optim.model_dump(mode="json").items() if not name.startswith("later_")}
+    return {
+        "labels": {
+            "classes": list(scene.steps[0].new),
+            "void": scene.void,
+            "table": hashlib.sha256(scene.train_table(scene.steps[0]).tobytes()).hexdigest(),
+        },
+        "augment": config.augment.model_dump(mode="json", exclude={"later_views"}),
+        "optim": optim,
+        "train": train | {"iterations": iterations},
+        "seed": config.seed,
     }
 
 

@@ -159,7 +159,22 @@ class TrainConfig(Section):
     )
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
-    devices: PositiveInt = 1
+    devices: PositiveInt = Field(
+        1, description="processes on this machine, a GPU for each; where torchrun starts them, it decides"
+    )
+    strategy: Literal["auto", "ddp", "fsdp"] = Field(
+        "auto",
+        description="of several processes: each holds the whole model (ddp; auto), or a share of it and of the "
+        "optimiser's state while a step trains the encoder (fsdp)",
+    )
+    mask_count: Literal["pass", "processes"] = Field(
+        "pass",
+        description="number of masks by which SegViT's mask losses are divided: that of a pass, or its mean over the "
+        "processes (public code; then the result depends on their number)",
+    )
+    sync_batchnorm: bool = Field(
+        False, description="BatchNorm normalises over the images of all processes at once, not of each alone"
+    )
     compile: bool = Field(
         False, description="torch.compile for the encoder's blocks in training; without a compiler, eager as before"
     )

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from lightning.fabric import Fabric
 
-from cssbench import provenance, registry, scenario
+from cssbench import processes, provenance, registry, scenario
 from cssbench.config import RunConfig, part_config, plain
 from cssbench.contract import build_method, build_model, method_class, model_class
 from cssbench.data.base import SegDataset
@@ -148,19 +148,24 @@ class Experiment:
 
 
 def build_experiment(
-    config: RunConfig, out: Path, command: list[str] | None = None, method: Method | None = None
+    config: RunConfig,
+    out: Path,
+    command: list[str] | None = None,
+    method: Method | None = None,
+    trains: bool = True,
 ) -> Experiment:
     """Build everything and check it together, before anything is written. `command` None: to resume `out`.
 
-    method: instead of the one that the configuration names.
+    method: instead of the one that the configuration names. trains: False where the batch does not matter.
     """
     chosen = config.scenario
     scene = scenario.load(
         chosen.name, mode=chosen.mode, order=chosen.order, void=chosen.void, partition_seed=chosen.partition_seed
     )
     method = make_method(config) if method is None else method
+    if trains:
+        micro_batch(config.train, processes.world())
     fabric = make_fabric(config.train)
-    micro_batch(config.train, fabric.world_size)
     data = make_dataset(scene.dataset, config.data.root, config.data.options)
     check_classes(scene, data)
     train = build(data, "train")

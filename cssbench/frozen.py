@@ -22,6 +22,7 @@ from torch import Tensor
 from cssbench.base_facts import weights_digest
 from cssbench.data.base import look_up
 from cssbench.data.step_dataset import Key, StepDataset, make_loader
+from cssbench.engine import add_up
 from cssbench.errors import ConfigError, CssbenchError
 from cssbench.evaluate import EvaluationDataset, model_inputs
 from cssbench.experiment import Experiment
@@ -61,7 +62,7 @@ def training_batches(
             title = f"step {ctx.step.index}: features of {views} views of {len(data)} images"
             yield EncodedBatches(loader, ctx.model, store, made.fabric, dtype, views, title), numbers
             about = {"views": data.views, "dtype": config.dtype, "encoder": store.folder.name}
-            numbers["cache"] = {**about, **store.counts()}
+            numbers["cache"] = {**about, **add_up(made.fabric, store.counts())}
     else:
         if reason:
             say(f"step {ctx.step.index}: cache.features is of no use here: {reason}")
@@ -188,7 +189,7 @@ def remembering(
         title = f"step {step.index}: features of {wanted} inputs of the evaluations"
         model = RememberingModel(made.model, store, step is not last, wanted, title)
         yield model, numbers
-        numbers["evaluation_cache"] = {"encoded": model.encoded, **store.counts()}
+        numbers["evaluation_cache"] = add_up(made.fabric, {"encoded": model.encoded, **store.counts()})
 
 
 class RememberingModel:

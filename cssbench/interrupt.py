@@ -12,8 +12,8 @@ from cssbench.progress import say
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
-class Interrupted(KeyboardInterrupt):
-    """A signal ended the command, whose exit code is 128 + `number`."""
+class Interrupted(BaseException):
+    """A signal ended the command; its exit code is 128 + `number`. No KeyboardInterrupt: typer makes 130 of that."""
 
     def __init__(self, number: int):
         super().__init__(f"stopped by {signal.Signals(number).name}")

@@ -30,6 +30,11 @@ def read_recipe(name: str) -> dict[str, Any]:
     return reduce(extend, _chain("recipes", name))
 
 
+def read_suite(name: str) -> dict[str, Any]:
+    """The content of a suite (`cssbench.suites`): an installed one by name, or a path. Raises as `read_recipe`."""
+    return reduce(_merged, _chain("suites", name))
+
+
 def read_preset(name: str) -> dict[str, Any]:
     """The [model] section that a preset stands for: an installed one by name, or a path. Raises as `read_recipe`."""
     layers = [{"model": layer} for layer in _chain("presets", name)]

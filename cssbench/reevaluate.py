@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from cssbench import checkpoint, config, recipes, validate
+from cssbench import checkpoint, config, processes, recipes, validate
 from cssbench.config import RunConfig
 from cssbench.errors import ConfigError, CssbenchError, RunError
 from cssbench.experiment import Experiment, build_experiment, derive_seed, resolve, sole_writer
@@ -71,7 +71,9 @@ def evaluate_again(source: Path, out: Path, changes: list[str], data: Path | Non
     done = len(before.records()) if before else 0
     if done == len(there.records()):
         return 0
-    made = build_experiment(wanted, out, command)
+    words = ["evaluate", str(source), "--out", str(out), *(f"--set={change}" for change in changes)]
+    processes.start(wanted.train.devices, words)
+    made = build_experiment(wanted, out, command, trains=False)
     if made.folder.scenario != there.scenario:
         raise RunError(
             f"{source} was trained on other data: its scenario.json does not agree with what lies at "
@@ -178,7 +180,8 @@ def _load(made: Experiment, there: RunFolder, step: Step) -> None:
 def _evaluate(made: Experiment, there: RunFolder, step: Step) -> None:
     clock, old = Clock(), there.records()[step.index].content
     found = evaluate_step(made, step)
-    save_pictures(made, step, found)
+    if made.fabric.is_global_zero:
+        save_pictures(made, step, found)
     clock.lap("evaluate")
     made.fabric.barrier()
     if made.fabric.is_global_zero:

@@ -27,7 +27,7 @@ from cssbench.errors import PluginError, UnknownNameError, fault
 
 T = TypeVar("T")
 
-GROUPS = ("methods", "models", "datasets", "scenarios", "recipes", "presets", "protocols", "reports", "tools")
+GROUPS = ("methods", "models", "datasets", "scenarios", "recipes", "presets", "suites", "protocols", "reports", "tools")
 OWN = "cssbench"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+@-]*")
 

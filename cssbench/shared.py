@@ -175,14 +175,10 @@ class BaseStep:
         return None
 
     def keep_evaluation(self, found: Evaluated) -> None:
-        """Store what `evaluate_step` returned; each process brings the samples of its own images."""
-        if self.root is None:
-            return
-        mine = {"s": found.samples, "d": found.depths}
-        shares = [self.fabric.broadcast(mine, rank) for rank in range(self.fabric.world_size)]
-        if self.fabric.is_global_zero and self.path.is_dir():
+        """Store what `evaluate_step` returned."""
+        if self.root is not None and self.fabric.is_global_zero and self.path.is_dir():
             arrays = {f"m.{key}": matrix for key, matrix in found.matrices.items()}
-            for kind, pictures in (item for share in shares for item in share.items()):
+            for kind, pictures in (("s", found.samples), ("d", found.depths)):
                 arrays |= {f"{kind}.{self.made.sample_stems.index(stem)}": ids for stem, ids in pictures.items()}
             buffer = io.BytesIO()
             np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]

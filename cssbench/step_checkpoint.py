@@ -90,7 +90,7 @@ class StepCheckpoints:
             if self.about["processes"] != self.fabric.world_size:
                 say(
                     f"step {self.step.index}: this checkpoint is of {self.about['processes']} processes, now there are "
-                    f"{self.fabric.world_size}: random numbers begin anew, so the result differs in its last digits"
+                    f"{self.fabric.world_size}: the result differs in its last digits"
                 )
             self.state = None
         return self.start

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from cssbench.depths import DepthCounter, depth_map, gflops
+from cssbench.engine import gather
 from cssbench.evaluate import EvaluationDataset, evaluate
 from cssbench.experiment import Experiment
 from cssbench.frozen import remembering
@@ -23,7 +24,7 @@ Arrays = dict[str, np.ndarray]
 @dataclass
 class Evaluated:
     """matrices: as `results.StepRecord.matrices`. samples, depths: stem -> (h, w) uint8, the predicted class ids and
-    the depths of tokens (`depths.depth_map`) of this process's sample images. numbers: `tokens` and `gflops` of the
+    the depths of tokens (`depths.depth_map`) of the sample images. numbers: `tokens` and `gflops` of the
     step's record, where they mean something; cached: what it says of `frozen.remembering`. seconds: what it took."""
 
     matrices: Arrays
@@ -62,12 +63,12 @@ def evaluate_step(made: Experiment, step: Step) -> Evaluated:
             alone=alone,
             forward=forward,
         )
-    found = Evaluated(matrices, samples, cached=cached)
+    found = Evaluated(matrices, gather(fabric, samples), cached=cached)
     was_training = model.training
     model.eval()
     if tokens := counter.shares(fabric):
         found.numbers["tokens"] = tokens
-        found.depths = _depth_maps(made, view, samples)
+        found.depths = gather(fabric, _depth_maps(made, view, samples))
     if fabric.is_global_zero and (cost := gflops(fabric, model, view)):
         found.numbers["gflops"] = cost
     model.train(was_training)

@@ -13,7 +13,7 @@ import torch
 
 from cssbench import checkpoint
 from cssbench.data.step_dataset import BatchStream, HoldoutDataset, StepDataset, make_loader, one_pass
-from cssbench.engine import micro_batch
+from cssbench.engine import agree, micro_batch
 from cssbench.errors import RunError
 from cssbench.experiment import Experiment, derive_seed
 from cssbench.frozen import training_batches
@@ -133,7 +133,7 @@ def _train(
     fabric, method, config = made.fabric, made.method, made.config
     model = made.model.to(fabric.device)
     initial = {} if step.index else start_from_initial(made)
-    torch.manual_seed(derive_seed(config.seed, "train", step.index, fabric.global_rank))
+    torch.manual_seed(derive_seed(config.seed, "train", step.index, 0))  # alike on every process, as all numbers drawn
     images = len(made.train_stems[step.index])
     iterations = config.train.length(step.index, images)
     start = checkpoints.load()
@@ -177,15 +177,17 @@ def _learn(
     else:
         title = f"step {step.index}/{len(made.scenario.steps) - 1}  train"
         with track(title, iterations, checkpoints.start) as advance, checkpoints.signals.watched():
-            loss = fit(fabric, ctx, method, batches, config.optim, config.train, iterations, advance, checkpoints)
+            seed = derive_seed(config.seed, "passes", step.index)
+            loss = fit(fabric, ctx, method, batches, config.optim, config.train, iterations, advance, checkpoints, seed)
         clock.lap("train")
         clock.add("train", checkpoints.seconds)
         if base.plain:
             base.keep(loss, iterations, clock.seconds["train"] - before)
             clock.lap()
     if not found or base.plain:
-        torch.manual_seed(derive_seed(config.seed, "end", step.index, fabric.global_rank))  # as if trained here
+        torch.manual_seed(derive_seed(config.seed, "end", step.index, 0))  # as if trained here, alike on every process
         method.end_step(ctx)
+        agree(fabric, made.model, method)
         clock.lap("train")
     if not found and not base.plain:
         base.keep(loss, iterations, clock.seconds["train"] - before)
@@ -204,7 +206,8 @@ def _evaluate(made: Experiment, step: Step, base: BaseStep, clock: Clock) -> Eva
         clock.lap("evaluate")
         found.seconds = clock.seconds["evaluate"]
         base.keep_evaluation(found)
-    save_pictures(made, step, found)
+    if made.fabric.is_global_zero:
+        save_pictures(made, step, found)
     clock.lap("evaluate")
     return found
 

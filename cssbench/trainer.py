@@ -7,25 +7,30 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from lightning.fabric import Fabric
-from torch import Tensor
+from torch import Tensor, nn
 
 from cssbench.compiling import compiled
 from cssbench.config import OptimConfig, TrainConfig
 from cssbench.contract import check_groups, check_output, check_terms
-from cssbench.engine import load_whole_state, whole_state
+from cssbench.engine import average_statistics, is_sharded, load_whole_state, mean_terms, sharded, touched, whole_state
 from cssbench.errors import ConfigError, NonFiniteLossError
+from cssbench.losses.mask import masks_counted_over_processes
 from cssbench.method import Batch, Method, StepContext
 from cssbench.models.segmenter import Segmenter
+from cssbench.sync_batchnorm import synchronised
 
 if TYPE_CHECKING:
     from cssbench.step_checkpoint import StepCheckpoints
+
+
+SPREAD = 0x9E3779B97F4A7C15  # odd, so that no two passes have the same seed
 
 
 def use_fused(optim: OptimConfig, train: TrainConfig) -> bool:
@@ -129,19 +134,27 @@ def fit(
     iterations: int,
     on_iteration: Callable[[], None] = lambda: None,
     checkpoints: StepCheckpoints | None = None,
+    seed: int = 0,
 ) -> dict[str, float]:
     """Train one step for `iterations` optimiser steps; returns the means of the loss terms over the last tenth.
 
+    seed: what is drawn in a forward pass (dropout and its like) depends on it and on the number of the pass alone, not
+    on which process makes it.
     batches: an endless or long enough stream of micro-batches, `train.accumulate` of them per optimiser step, from the
     iteration on with which `checkpoints` go on.
     Raises Interrupted after a signal to stop; NonFiniteLossError, naming the images of the batch; PluginError where the
     method breaks its interface.
     """
     with ExitStack() as stack:
+        stack.enter_context(sharded(fabric, ctx, train))
         models = [ctx.model, ctx.previous if method.uses_previous else None]
         stack.enter_context(channels_last(models, train.channels_last))
         stack.enter_context(compiled(models, train.compile))
-        return _fit(fabric, ctx, method, batches, optim, train, iterations, on_iteration, checkpoints)
+        stack.enter_context(masks_counted_over_processes(train.mask_count == "processes" and fabric.world_size > 1))
+        stack.enter_context(synchronised(ctx.model, train.sync_batchnorm and fabric.world_size > 1))
+        loss = _fit(fabric, ctx, method, batches, optim, train, iterations, on_iteration, checkpoints, seed)
+        average_statistics(fabric, ctx.model)
+        return loss
 
 
 def _fit(
@@ -154,11 +167,13 @@ def _fit(
     iterations: int,
     on_iteration: Callable[[], None],
     checkpoints: StepCheckpoints | None,
+    seed: int,
 ) -> dict[str, float]:
     groups, fused = check_groups(method, method.param_groups(ctx)), use_fused(optim, train)
     training = Training(fabric, ctx, method, make_optimizer(optim, groups, ctx.step.index, fused))
-    module, optimizer = fabric.setup(ctx.model, training.optimizer)
+    module, optimizer = fabric.setup(LossPass(fabric, ctx, method, train), training.optimizer)
     ctx.model.train()
+    accumulates = not is_sharded(ctx.model)  # sharded gradients are added up as shares, pass by pass
     stream = iter(batches)
     for iteration in range(checkpoints.restore(training) if checkpoints else 0, iterations):
         ctx.iteration = iteration
@@ -167,9 +182,11 @@ def _fit(
         terms: dict[str, Tensor] = {}
         checks = []
         for micro in range(train.accumulate):
-            with fabric.no_backward_sync(module, enabled=micro < train.accumulate - 1):
+            with fabric.no_backward_sync(module, enabled=accumulates and micro < train.accumulate - 1):
                 loaded = next(stream)
-                found = forward(fabric, ctx, module, method, loaded, train)
+                turn = (iteration * train.accumulate + micro) * fabric.world_size + fabric.global_rank
+                torch.manual_seed((seed + turn * SPREAD) % 2**63)
+                found = forward(fabric, module, loaded, train)
                 total = torch.stack(list(found.values())).sum() / train.accumulate
                 checks.append(FiniteCheck(total, found, loaded["names"]))
                 fabric.backward(total)
@@ -181,10 +198,14 @@ def _fit(
             fabric.clip_gradients(module, optimizer, max_norm=optim.clip, error_if_nonfinite=False)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if iteration >= iterations - max(1, iterations // 10):
+        at_end = iteration >= iterations - max(1, iterations // 10)
+        logged = iteration % train.log_every == 0 or iteration == iterations - 1
+        if at_end or logged:
+            terms = mean_terms(fabric, terms)
+        if at_end:
             for name, value in terms.items():
                 training.tail.setdefault(name, []).append(value)
-        if iteration % train.log_every == 0 or iteration == iterations - 1:
+        if logged:
             _log(ctx, terms, training.optimizer.param_groups[0]["lr"])
         on_iteration()
         if checkpoints:
@@ -238,24 +259,44 @@ class FiniteCheck:
             )
 
 
-def forward(
-    fabric: Fabric, ctx: StepContext, module: Any, method: Method, loaded: dict[str, Any], train: TrainConfig
-) -> dict[str, Tensor]:
-    """One forward pass (and the previous model's, without gradients): the method's loss terms.
-
-    The previous model runs under `no_grad`, in the eval mode that `freeze_copy` gave it. Not under `inference_mode`: a
-    loss such as (new * old).sum() saves `old` for its backward pass, which torch refuses for an inference tensor.
-    """
+def forward(fabric: Fabric, module: Any, loaded: dict[str, Any], train: TrainConfig) -> dict[str, Tensor]:
+    """One pass of `module`, a `LossPass` as Fabric set it up: the method's loss terms."""
     images = loaded["images"]  # or, from `frozen.EncodedBatches`, on the device already, what the encoder made of them
     if isinstance(images, Tensor):
         layout = torch.channels_last if train.channels_last else torch.preserve_format
         images = images.to(fabric.device, non_blocking=True, memory_format=layout)
-    labels = loaded["labels"].to(fabric.device, non_blocking=True)
-    previous = None
-    if ctx.previous is not None and method.uses_previous:
-        half = torch.autocast(fabric.device.type, torch.bfloat16)
-        with torch.no_grad(), half if train.teacher_precision == "bf16" else fabric.autocast():
-            previous = ctx.previous(images)
-    output = check_output(ctx.model, module(images, **ctx.model.training_inputs(labels)))
-    seen = images if isinstance(images, Tensor) else None
-    return check_terms(method, method.loss(ctx, Batch(seen, labels, output, previous, list(loaded["names"]))))
+    return module(images, loaded["labels"].to(fabric.device, non_blocking=True), list(loaded["names"]))
+
+
+class LossPass(nn.Module):
+    """The model's forward pass (and the previous model's, without gradients) and the method's loss terms, as one
+    module: what DDP wraps then ends in the loss, and shows which parameters get a gradient.
+
+    The previous model runs under `no_grad`, in the eval mode that `freeze_copy` gave it. Not under `inference_mode`: a
+    loss such as (new * old).sum() saves `old` for its backward pass, which torch refuses for an inference tensor.
+    """
+
+    def __init__(self, fabric: Fabric, ctx: StepContext, method: Method, train: TrainConfig):
+        super().__init__()
+        self.fabric, self.ctx, self.method = fabric, ctx, method
+        self.teacher_half = train.teacher_precision == "bf16"
+        self.model = ctx.model
+        self.is_sharded = is_sharded(ctx.model)
+        self.idle = nn.Parameter(torch.zeros(1))  # without one that gets no gradient, DDP warns that it looked for any
+
+    def forward(self, images: Any, labels: Tensor, names: list[str]) -> dict[str, Tensor]:
+        """Called under Fabric's autocast, out of which the loss is taken."""
+        ctx, method, kind = self.ctx, self.method, self.fabric.device.type
+        previous = None
+        if ctx.previous is not None and method.uses_previous:
+            half = torch.autocast(kind, torch.bfloat16)
+            with torch.no_grad(), half if self.teacher_half else nullcontext():
+                previous = ctx.previous(images)
+        with torch.autocast(kind, enabled=False):
+            inputs = self.model.training_inputs(labels)
+        output = check_output(self.model, self.model(images, **inputs))
+        output = self.fabric.strategy.precision.convert_output(output)
+        seen = images if isinstance(images, Tensor) else None
+        with torch.autocast(kind, enabled=False):
+            terms = check_terms(method, method.loss(ctx, Batch(seen, labels, output, previous, names)))
+            return {name: term + touched(self.model) for name, term in terms.items()} if self.is_sharded else terms

@@ -59,9 +59,17 @@ class Chapter:
     stops: tuple[StopSample, ...]
 
 
-def write(runs: list[RunFolder], out_dir: Path, protocol_ids: list[str], *, allow_mixed: bool = False) -> list[Path]:
+def write(
+    runs: list[RunFolder],
+    out_dir: Path,
+    protocol_ids: list[str],
+    *,
+    allow_mixed: bool = False,
+    notices: Sequence[str] = (),
+) -> list[Path]:
     """The entry point `html`: the page, figures and every file of the `tables` report; returns the files, page first.
 
+    notices: runs that were meant to be in the report and are not, one sentence each; the page begins with them.
     Raises RunError when a run has no finished step, is damaged, or none fits any protocol, and where runs must not
     share a table (see `admission.score_all`).
     """
@@ -83,6 +91,7 @@ def write(runs: list[RunFolder], out_dir: Path, protocol_ids: list[str], *, allo
         run_headings=origins.RUN_HEADINGS,
         run_rows=[origins.run_row(run, names[run.path]) for run in runs],
         against=_against(known),
+        notices=list(notices),
         overviews=_overviews(scored),
         chapters=chapters,
         unscored=_unscored(scored, list(names.values())),

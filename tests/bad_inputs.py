@@ -166,6 +166,16 @@ CASES = (
         "scenario explain camvid-6-5 --image 000 --step 0 --data {w}/camvid --out {w}/empty.toml/a.png",
         "could not be written",
     ),
+    # suite
+    Case("plan no suite", "suite plan no-such-suite", "There is no suite named 'no-such-suite'"),
+    Case("plan no TOML", "suite plan {w}/broken.toml", "is not valid TOML"),
+    Case("plan an empty suite", "suite plan {w}/empty.toml", "empty.toml"),
+    Case("plan a recipe", "suite plan {w}/keys.toml", "keys.toml"),
+    Case("plan nested without end", "suite plan {w}/deep.toml", "is not valid TOML"),
+    Case("run no suite", "suite run {w}/none.toml --out {w}/out", "none.toml"),
+    Case("resume no suite", "suite resume {w}/camvid", "camvid"),
+    Case("status of no suite", "suite status {w}/run", "run"),
+    Case("report of no suite", "suite report {w}/nowhere", "nowhere"),
     # data
     Case("fetch without the terms", "data fetch ade20k --root {w}/out", "terms above must be accepted"),
     Case("fetch what is not published", "data fetch camvid --root {w}/out", "cannot be fetched"),

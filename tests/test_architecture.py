@@ -26,6 +26,7 @@ PLUGINS = {"cssbench.scenarios", "cssbench.baselines"}
 TORCH_ROOMS = {f"cssbench.{name}" for name in (
     "models", "losses", "baselines", "trainer", "engine", "task_loop", "evaluate", "checkpoint", "experiment",
     "contract", "method", "api", "data", "logs", "testing", "step_checkpoint",
+    "sync_batchnorm",
 )}  # fmt: skip
 CHECKOUT_NAMES = {"scenarios", "baselines", "reports", "tests"}
 
@@ -40,6 +41,7 @@ THIRD_PARTY = {
     "lightning": {"cssbench/engine.py", "cssbench/trainer.py", "cssbench/experiment.py"},
     "safetensors": {"cssbench/checkpoint.py"},
     "typer": {"cssbench/cli/"},
+    "submitit": {"cssbench/suites/launch.py", "cssbench/suites/attempt.py"},
     "avalanche": {"cssbench/interop/avalanche.py"},
     "continuum": {"cssbench/interop/continuum.py"},
 }
@@ -49,7 +51,8 @@ NO_TORCH = {"scenarios/", "reports/", "cssbench/cli/", "cssbench/metrics/continu
     f"cssbench/{name}.py"
     for name in (
         "__init__", "errors", "registry", "config", "scenario", "protocol", "results", "progress", "imported",
-        "scoring", "compare", "validate",
+        "scoring", "compare", "validate", "lock", "suites/__init__", "suites/spec", "suites/folder", "suites/plan",
+        "suites/attempt", "suites/launch",
     )
 } | {f"cssbench/data/{name}.py" for name in (
     "base", "ade20k", "camvid", "folder", "synthetic", "presence", "verify", "picture", "registry",
@@ -124,6 +127,8 @@ def test_no_file_is_much_longer_than_a_reader_bears(path: Path):
         ["list", "protocols"],
         ["scenario", "show", "camvid-6-1"],
         ["published", "lint"],
+        ["list", "suites"],
+        ["suite", "--help"],
     ],
     ids=" ".join,
 )
@@ -132,7 +137,7 @@ def test_what_must_answer_at_once_loads_no_torch(words: list[str]):
         "import sys; from cssbench.cli import app\n"
         f"try: app({words!r})\n"
         "except SystemExit as end: assert not end.code, end.code\n"
-        "heavy = {'torch', 'timm', 'lightning', 'pandas', 'matplotlib'} & set(sys.modules)\n"
+        "heavy = {'torch', 'timm', 'lightning', 'pandas', 'matplotlib', 'submitit'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -5,6 +5,7 @@ A server in a thread gives out a small archive made here; nothing else is reache
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -138,6 +139,32 @@ def test_terms_are_shown_and_nothing_is_fetched_before_they_are_accepted(command
     assert "--accept-terms" in err
     assert ade.asked == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_archive_of_the_user_s_own_is_used_and_left(command, ade: Served, tmp_path: Path):
+    root = tmp_path / "deep" / "data"
+    root.mkdir(parents=True)
+    (root / f"{FOLDER}.zip").write_bytes(ade.content)
+    code, _, err = command("data", "fetch", "ade20k", "--root", root, "--accept-terms")
+    assert code == 0, err
+    assert ade.asked == []
+    assert {p.name for p in root.iterdir()} == {FOLDER, f"{FOLDER}.zip"}
+
+
+def test_nothing_is_left_of_a_fetch_that_brought_nothing(command, ade: Served, tmp_path: Path):
+    ade.status = 404
+    assert command("data", "fetch", "ade20k", "--root", tmp_path / "a" / "b", "--accept-terms")[0] == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_is_no_broken_connection(server: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(download, "_store", full)
+    with pytest.raises(DataError, match="cannot be written: No space left on device"):
+        download.download(server.url, tmp_path / "a.zip", LIMIT)
+    assert len(server.asked) == 1
 
 
 @pytest.mark.parametrize("keep", [False, True])

@@ -28,7 +28,7 @@ def test_every_package_folder_is_listed():
 
 def test_mypy_checks_every_package():
     checked = PROJECT["tool"]["mypy"]["packages"]  # with all that lies in these folders, but not in mapped ones
-    assert set(SETUPTOOLS["package-dir"]) == {*checked, "cssbench.baselines.recipes"}
+    assert set(SETUPTOOLS["package-dir"]) == {*checked, "cssbench.baselines.recipes", "cssbench.baselines.suites"}
 
 
 def test_every_data_file_is_shipped():
@@ -36,6 +36,7 @@ def test_every_data_file_is_shipped():
     homes = {"cssbench/data": "cssbench.data", "scenarios": "cssbench.scenarios", "reports": "cssbench.reports"}
     homes["reports/published"] = "cssbench.reports"
     homes["baselines/recipes"] = "cssbench.baselines.recipes"
+    homes["baselines/suites"] = "cssbench.baselines.suites"
     for folder, package in homes.items():
         for file in (ROOT / folder).iterdir():
             if file.is_file() and file.suffix not in (".py", ".pyc"):

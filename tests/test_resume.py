@@ -335,6 +335,23 @@ def test_random_numbers_come_back():
     assert first == draws()
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_the_command_says_how_it_was_stopped(
+    recipe: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    code: int,
+):
+    (tmp_path / "recipe.toml").write_text(tomli_w.dumps(recipe))
+    method = acting("finetune", (0, 1), terminate(number))
+    monkeypatch.setattr("cssbench.experiment.make_method", lambda _: method)
+    found = command(capsys, "run", tmp_path / "recipe.toml", "--out", tmp_path / "run")
+    assert found[0] == code
+    assert f"Stopped by {signal.Signals(number).name}. `cssbench resume DIR` goes on" in found[1]
+
+
 def seen(out: Path) -> str:
     """How far a run is."""
     steps = sorted(out.glob("steps/??"))

@@ -29,7 +29,7 @@ HARM = {
     "is no Python": ("def f(:", "SyntaxError"),
     "nests without end": ("def f(): f()\nf()", "RecursionError"),
 }
-TOML_GROUPS = ("scenarios", "recipes", "presets")
+TOML_GROUPS = ("scenarios", "recipes", "presets", "suites")
 IMPORTED = (*TOML_GROUPS, "protocols")  # groups whose packages `list` imports
 NOT_IMPORTED = ("methods", "models", "datasets", "reports")
 

@@ -128,7 +128,14 @@ def test_ranks_share_the_same_global_batch_in_order(world: int):
     shares = [list(BatchStream(n, 7, size // world, number, rank, world)) for rank in range(world)]
     assert all(len(batch) == size // world for share in shares for batch in share)
     for index, batch in enumerate(whole):
-        assert [key for turn in zip(*(s[index] for s in shares), strict=True) for key in turn] == batch
+        assert [key for share in shares for key in share[index]] == batch
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_make_the_passes_that_one_makes_in_turn(world: int):
+    alone = list(BatchStream(11, 7, 2, 20))
+    shares = [list(BatchStream(11, 7, 2, 20 // world, rank, world)) for rank in range(world)]
+    assert [share[turn] for turn in range(20 // world) for share in shares] == alone
 
 
 def test_accumulated_passes_make_the_same_optimiser_step():

@@ -1,13 +1,17 @@
 """The command line. Torch and the rest are imported inside commands, so that `--help` and `list` answer at once.
 
 Exit codes: 0 done, 1 a `--strict` check found something, 2 a user's mistake (one paragraph, no traceback), 130
-and 143 stopped by SIGINT and SIGTERM.
+and 143 stopped by SIGINT and SIGTERM. Several processes of one run end with one message, of the one that failed first.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Annotated
 
 import typer
@@ -15,9 +19,11 @@ from rich.console import Console
 from rich.markup import escape
 
 import cssbench
-from cssbench.cli import check, data, doctor, evaluate, listing, profile, published, run, scenario, score
+from cssbench import processes
+from cssbench.cli import check, data, doctor, evaluate, listing, profile, published, run, scenario, score, suite
 from cssbench.cli.text import plain_lines
 from cssbench.errors import CssbenchError
+from cssbench.interrupt import Interrupted
 
 app = typer.Typer(
     name="cssbench",
@@ -28,6 +34,7 @@ app = typer.Typer(
 )
 app.add_typer(scenario.app, name="scenario")
 app.add_typer(data.app, name="data")
+app.add_typer(suite.app, name="suite")
 run.register(app)
 evaluate.register(app)
 listing.register(app)
@@ -50,13 +57,43 @@ def options(
 def main(words: list[str] | None = None) -> None:
     """Entry point of the `cssbench` script. words: in place of those of the process."""
     try:
-        app(words)
+        with _first_speaks(), _stops_reach_us():
+            app(words)
     except CssbenchError as error:
-        said = escape(plain_lines(str(error)))
-        Console(stderr=True).print(f"[bold red]Error:[/bold red] {said}", soft_wrap=True, highlight=False)
-        sys.exit(2)
-    except KeyboardInterrupt as stop:
-        number = getattr(stop, "number", signal.SIGINT)
-        name = signal.Signals(number).name
-        print(f"Stopped by {name}. `cssbench resume DIR` goes on with a run at its last checkpoint.", file=sys.stderr)
-        sys.exit(128 + number)
+        if processes.first_to_fail():
+            said = f"[bold red]Error:[/bold red] {escape(plain_lines(str(error)))}"
+            Console(stderr=True).print(said, soft_wrap=True, highlight=False)
+        processes.leave(2)
+    except Interrupted as stop:
+        if processes.first_to_fail():
+            remedy = "`cssbench resume DIR` goes on with a run at its last checkpoint."
+            print(f"Stopped by {signal.Signals(stop.number).name}. {remedy}", file=sys.stderr)
+        processes.leave(128 + stop.number)
+    except Exception:
+        if processes.world() == 1:
+            raise
+        if processes.first_to_fail():
+            traceback.print_exc()
+        processes.leave(1)
+
+
+@contextmanager
+def _first_speaks() -> Iterator[None]:
+    """Of several processes of one run only the first prints, until one fails."""
+    if not processes.rank():
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
+
+
+@contextmanager
+def _stops_reach_us() -> Iterator[None]:
+    """Typer ends on a KeyboardInterrupt by itself, with 130 whatever the signal was: it comes out here instead."""
+    try:
+        yield
+    except SystemExit as end:
+        stop = getattr(end.__context__, "__cause__", None)
+        if isinstance(stop, KeyboardInterrupt):
+            raise stop from None
+        raise

@@ -31,6 +31,7 @@ class Kind(StrEnum):
     datasets = "datasets"
     scenarios = "scenarios"
     recipes = "recipes"
+    suites = "suites"
     protocols = "protocols"
     reports = "reports"
 
@@ -43,12 +44,12 @@ def register(app: typer.Typer) -> None:
 
 
 def list_parts(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> None:
-    """List installed methods, models with their cost, presets, datasets, scenarios, recipes, protocols or reports."""
+    """List what is installed: methods, models with their cost, scenarios, recipes, presets, suites, reports."""
     one = kind.value.removesuffix("s")
     headings: tuple[str, ...]
     if kind == Kind.models:
         headings, (rows, complaints) = (one, "from", "M parameters", "GFLOPs", "source"), _models()
-    elif kind in (Kind.scenarios, Kind.recipes, Kind.presets):
+    elif kind in (Kind.scenarios, Kind.recipes, Kind.presets, Kind.suites):
         headings, (rows, complaints) = (one, "from", "description"), _files(kind.value)
     elif kind == Kind.protocols:
         headings, (rows, complaints) = (one, "used by", "what it does"), _protocols()

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from cssbench.cli import complete
+from cssbench.cli.text import plain_lines
 
 published = typer.Typer(help="Published numbers: check them.", no_args_is_help=True)
 imports = typer.Typer(help="Make run folders of other people's logs.", no_args_is_help=True)
@@ -27,7 +28,7 @@ def lint(
     from cssbench import registry
 
     text, flagged = registry.load("tools", "published-lint")(files or [])
-    typer.echo(text)
+    typer.echo(plain_lines(text))
     if strict and flagged:
         raise typer.Exit(1)
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from cssbench import processes
 from cssbench.cli import complete
 from cssbench.cli.text import plain
 from cssbench.errors import ConfigError, DataError, ModelError, PluginError, RunError, UnknownNameError
@@ -87,6 +89,9 @@ def start_run(
     wanted = config.validate(content, f"Recipe {recipe!r}")
     if (out / "config.toml").exists():
         _refuse_existing(out, wanted)
+    places: dict[str, Any] = {"--out": out, "--data": data, "--shared": shared, "--model": model}
+    words = [str(word) for option in places.items() if option[1] is not None for word in option]
+    processes.start(wanted.train.devices, ["run", recipe, *words, *(f"--set={change}" for change in changes)])
     from cssbench.experiment import build_experiment, resolve, sole_writer
     from cssbench.task_loop import run as run_steps
 
@@ -167,6 +172,9 @@ def resume_run(folder: Path, data: Path | None, shared: Path | None = None) -> N
     if there.finished:
         typer.echo(f"{folder} is finished: {there.num_steps} of {there.num_steps} steps.")
         return
+    places: dict[str, Any] = {"--data": data, "--shared": shared}
+    words = [str(word) for option in places.items() if option[1] is not None for word in option]
+    processes.start(there.config.train.devices, ["resume", str(folder), *words])
     from cssbench.experiment import build_experiment, sole_writer
     from cssbench.task_loop import run as run_steps
 
@@ -234,14 +242,31 @@ def report(
 
 
 def write_report(
-    runs: list[Path], out: Path, kind: str, protocol_ids: list[str], allow_mixed: bool = False
+    runs: list[Path],
+    out: Path,
+    kind: str,
+    protocol_ids: list[str],
+    allow_mixed: bool = False,
+    notices: Sequence[str] = (),
 ) -> list[Path]:
+    """Write a report. notices: what a reader must know of runs that are not in it; they stand in not-finished.md, and
+    in the report itself where its function takes `notices`."""
+    import inspect
+
     from cssbench import protocol, registry
-    from cssbench.results import RunFolder
+    from cssbench.results import RunFolder, write_bytes
 
     ids = [protocol.get(name).id for name in protocol_ids]
     write = registry.load("reports", kind)
-    return write([RunFolder.read(path) for path in runs], out, ids, allow_mixed=allow_mixed)
+    takes = "notices" in inspect.signature(write).parameters
+    more = {"notices": tuple(notices)} if takes else {}
+    written = write([RunFolder.read(path) for path in runs], out, ids, allow_mixed=allow_mixed, **more)
+    listed = out / "not-finished.md"
+    listed.unlink(missing_ok=True)
+    if notices:
+        write_bytes(listed, "".join(f"- {notice}\n" for notice in notices).encode())
+        return [*written, listed]
+    return written
 
 
 def demo(out: Annotated[Path, typer.Option("--out", help="Folder for runs, data and report.")] = Path("demo")) -> None:

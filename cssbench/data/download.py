@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import http.client
 import json
 import os
@@ -23,6 +24,7 @@ TIMEOUT = 60.0  # seconds without a byte
 TRIES = 5  # attempts in a row that bring nothing
 PAUSE = 2.0  # seconds before the second attempt, doubled for each later one
 PIECE = 2**20
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 BROKEN = (urllib.error.URLError, http.client.HTTPException, OSError)
 
 
@@ -60,8 +62,11 @@ def download(url: str, target: Path, limit: int, room: Callable[[int, int], None
         except Refused as error:
             raise DataError(f"{url} cannot be fetched: {error}.") from None
         except BROKEN as error:
-            if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
-                raise DataError(f"{part} cannot be written: {error.strerror}. Mend that, then fetch again.") from error
+            if isinstance(error, OSError) and _is_local(error):
+                raise DataError(
+                    f"{part} cannot be written: {error.strerror}. Mend that, then fetch again: what has arrived is "
+                    f"kept."
+                ) from error
             reason = str(error)
         tries = 0 if _size(part) > before else tries + 1
         if tries >= TRIES:
@@ -73,6 +78,11 @@ def download(url: str, target: Path, limit: int, room: Callable[[int, int], None
         time.sleep(pause * 2 ** max(0, tries - 1))
     os.replace(part, target)
     _note(part).unlink(missing_ok=True)
+
+
+def _is_local(error: OSError) -> bool:
+    """Whether it is the disk's fault, not the connection's."""
+    return not isinstance(error, urllib.error.URLError) and (error.errno in DISK or error.filename is not None)
 
 
 def _attempt(url: str, part: Path, limit: int, room: Callable[[int, int], None] | None) -> bool:

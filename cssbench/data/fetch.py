@@ -40,7 +40,7 @@ def fetch(name: str, root: Path, url: str | None = None, sha256: str | None = No
     all.
 
     url: a mirror. sha256: hex digest that the archive must have, instead of the size and digests published. keep: leave
-    the archive beside the data. An archive that lies in `root` already, or a part of one, is used; either is checked.
+    the archive beside the data. An archive that lies in `root` already is used, checked and left there.
     A folder that is there is left alone.
     Raises ConfigError, DataError.
     """
@@ -56,8 +56,8 @@ def fetch(name: str, root: Path, url: str | None = None, sha256: str | None = No
     if folder.exists():
         say(f"{folder} is there already; nothing was fetched. `cssbench data verify {root}` looks whether it is whole.")
         return folder
-    lock = FileLock(root / f".{archive.folder}.lock")
-    made = not root.exists()
+    lock, missing = FileLock(root / f".{archive.folder}.lock"), [p for p in (root, *root.parents) if not p.exists()]
+    theirs = file.exists()
     if not lock.acquire():
         raise DataError(f"Another process fetches into {root}. Wait for it, or name another --root.")
     try:
@@ -78,9 +78,10 @@ def fetch(name: str, root: Path, url: str | None = None, sha256: str | None = No
     finally:
         lock.path.unlink(missing_ok=True)
         lock.release()
-        if made and root.is_dir() and not any(root.iterdir()):
-            root.rmdir()
-    if not keep:
+        for made in missing:  # nothing is left of a fetch that brought nothing
+            if made.is_dir() and not any(made.iterdir()):
+                made.rmdir()
+    if not keep and not theirs:
         file.unlink()
     return folder
 

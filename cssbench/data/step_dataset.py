@@ -84,8 +84,8 @@ class BatchStream(Sampler[list[Key]]):
     """Micro-batches of (epoch, index): every epoch a new permutation, batches run on across epochs, none is dropped.
 
     The order depends on (seed, n) alone. The first `skip` of the `num_batches` are left out. With `world` processes,
-    process `rank` takes every world-th image of each global micro-batch, so that the effective batch does not depend on
-    the number of processes.
+    `rank` takes every world-th micro-batch: the forward passes of one optimiser step are the same whether processes
+    make them side by side or one makes them in turn.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class BatchStream(Sampler[list[Key]]):
         for number in range(self.num_batches):
             batch = [next(keys) for _ in range(self.micro_batch * self.world)]
             if number >= self.skip:
-                yield batch[self.rank :: self.world]
+                yield batch[self.rank * self.micro_batch : (self.rank + 1) * self.micro_batch]
 
     def _keys(self) -> Iterator[Key]:
         epoch = 0

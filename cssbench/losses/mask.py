@@ -8,9 +8,13 @@ pairs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -123,3 +127,26 @@ def mask_losses(
         focal_loss(logits, targets, valid=valid).sum() / num_masks,
         dice_loss(logits, targets, valid=valid).sum() / num_masks,
     )
+
+
+_over_processes: ContextVar[bool] = ContextVar("over_processes", default=False)
+
+
+@contextmanager
+def masks_counted_over_processes(enabled: bool) -> Iterator[None]:
+    """Inside, mask losses are divided by the mean number of masks over the processes, as in the public code; else by
+    that of the pass in hand: then an optimiser step is the same on any number of processes (`train.mask_count`)."""
+    token = _over_processes.set(enabled)
+    try:
+        yield
+    finally:
+        _over_processes.reset(token)
+
+
+def mean_over_processes(value: Tensor) -> Tensor:
+    """`value`, averaged over the processes of a run where `masks_counted_over_processes` asks for it."""
+    if _over_processes.get():
+        value = value.clone()
+        dist.all_reduce(value)
+        value = value / dist.get_world_size()
+    return value

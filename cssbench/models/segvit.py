@@ -12,14 +12,13 @@ from functools import cached_property
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from cssbench.config import Section
 from cssbench.errors import ModelError
-from cssbench.losses.mask import IgnoreMode, class_presence, mask_losses, presence_loss
+from cssbench.losses.mask import IgnoreMode, class_presence, mask_losses, mean_over_processes, presence_loss
 from cssbench.losses.pixel import full_precision
 from cssbench.models.atm import ATMConfig, ATMHead, MaskPrediction, head_width
 from cssbench.models.atm_ce import CrossEntropyConfig, head_loss, head_scores
@@ -283,12 +282,3 @@ def atm_terms(
         presence = presence_loss(prediction.classes, present, absent_weight)
         terms = {"class": terms["class"] + presence, "focal": terms["focal"] + focal, "dice": terms["dice"] + dice}
     return terms
-
-
-def mean_over_processes(value: Tensor) -> Tensor:
-    """`value` averaged over the processes of a distributed run (itself in a single one)."""
-    if dist.is_available() and dist.is_initialized():
-        value = value.clone()
-        dist.all_reduce(value)
-        value = value / dist.get_world_size()
-    return value

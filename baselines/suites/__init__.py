@@ -1,0 +1,1 @@
+"""Suites: tables of the literature as runs, one TOML each."""
