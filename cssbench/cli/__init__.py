@@ -57,7 +57,7 @@ def options(
 def main(words: list[str] | None = None) -> None:
     """Entry point of the `cssbench` script. words: in place of those of the process."""
     try:
-        with _first_speaks(), _stops_reach_us():
+        with _first_speaks():
             app(words)
     except CssbenchError as error:
         if processes.first_to_fail():
@@ -85,15 +85,3 @@ def _first_speaks() -> Iterator[None]:
         return
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         yield
-
-
-@contextmanager
-def _stops_reach_us() -> Iterator[None]:
-    """Typer ends on a KeyboardInterrupt by itself, with 130 whatever the signal was: it comes out here instead."""
-    try:
-        yield
-    except SystemExit as end:
-        stop = getattr(end.__context__, "__cause__", None)
-        if isinstance(stop, KeyboardInterrupt):
-            raise stop from None
-        raise
