@@ -156,7 +156,7 @@ def _plugins() -> Iterator[Check]:
 
     wrong: list[str] = []
     for group in registry.GROUPS:
-        files = group in ("scenarios", "recipes", "presets")
+        files = group in ("scenarios", "recipes", "presets", "suites")
         made: Any = registry.toml_catalogue(group) if files else registry.catalogue(group)
         wrong += protocol.catalogue().complaints if group == "protocols" else made.complaints
         wrong += [] if files else registry.missing_modules(group)

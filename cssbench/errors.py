@@ -18,7 +18,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-NAMED = ("method", "model", "preset", "dataset", "scenario", "recipe", "protocol", "report")  # kinds of `cssbench list`
+NAMED = (
+    "method",
+    "model",
+    "preset",
+    "dataset",
+    "scenario",
+    "recipe",
+    "suite",
+    "protocol",
+    "report",
+)  # kinds of `cssbench list`
 LISTED = 20  # names that an error prints; of more it says where they are listed
 
 
