@@ -37,6 +37,16 @@ PAGES = [
     if "generated" not in path.parts
 ]  # fmt: skip
 SHELL = ("", "console", "sh", "bash")
+STAND_INS = {
+    **dict.fromkeys(("CAMVID", "D"), "camvid"),
+    **dict.fromkeys(("ADE20K", "ROOT", "/data/ade20k", "/data/ADE20K"), "ade20k"),
+    "FOLDER": "scenes",
+    "TOWNS": "towns",
+    "METHOD": "finetune",
+    "RECIPE": "camvid-6-1-finetune-linear",
+    "my-finetune": "camvid-dtop-finetune",
+    "FILE": "camvid-linear",
+}
 SYNTHETIC = ("data.options.train=24", "data.options.val=6", "train.iterations=1", "train.batch_size=4")
 CAMVID = ("train.iterations=1", "train.batch_size=2")
 HEAVY = ("check", "doctor", "profile", "demo", "list models", "suite plan")  # seconds each: run by slow tests only
@@ -77,7 +87,7 @@ def blocks(page: str) -> list[Block]:
 
 class Stage:
     """A folder in which the blocks of one page are played. real: train, and count what models cost; else commands of
-    minutes are checked (options, recipe, every setting) and leave a finished tiny run where they would have made one."""
+    minutes are checked (options, recipe, every setting), and a finished tiny run stands where they would make one."""
 
     def __init__(self, folder: Path, stock: Path, real: bool, skipped: dict[tuple[str, str], str]):
         self.folder, self.cwd, self.stock, self.real, self.skipped = folder, folder, stock, real, skipped
@@ -97,14 +107,7 @@ class Stage:
             for command in block.commands:
                 self.shell(block, command)
             return
-        if block.file:
-            path = self.cwd / block.file
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(block.text, encoding="utf-8")
-            for folder in path.parents:
-                if folder == self.cwd:
-                    break
-                (folder / "__init__.py").touch()
+        self.write(block)
         if (block.page, block.text.split("\n")[0]) in self.skipped:
             self.used.add((block.page, block.text.split("\n")[0]))
         elif block.language == "python":
@@ -115,6 +118,16 @@ class Stage:
             yaml.safe_load(block.text)
         else:
             assert block.language == "text", f"{block}: a block of the language {block.language!r} would be skipped"
+
+    def write(self, block: Block) -> None:
+        """A block that names a file becomes that file, in packages with an empty `__init__.py`."""
+        if not block.file or block.language in SHELL:
+            return
+        path = self.cwd / block.file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(block.text, encoding="utf-8")
+        for folder in path.relative_to(self.cwd).parents[:-1]:
+            (self.cwd / folder / "__init__.py").touch()
 
     def python(self, block: Block) -> None:
         code = compile(block.text, str(block), "exec")
@@ -146,7 +159,7 @@ class Stage:
         words = shlex.split(command)
         if words[0] == "make":
             targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
-            assert [word for word in words[1:] if "=" not in word][0] in targets, f"{block}: {command}"
+            assert next(word for word in words[1:] if "=" not in word) in targets, f"{block}: {command}"
         elif words[:2] == ["pip", "install"]:
             self.install(words[2:], f"{block}: {command}")
         elif words[0] == "cd":
@@ -186,15 +199,7 @@ class Stage:
 
     def stand_in(self, word: str) -> str:
         """What the stage has for a word of the page."""
-        data = {
-            "CAMVID": "camvid",
-            "D": "camvid",
-            "ADE20K": "ade20k",
-            "/data/ade20k": "ade20k",
-            "/data/ADE20K": "ade20k",
-        }
-        data |= {"ROOT": "ade20k", "FOLDER": "scenes", "TOWNS": "towns", "METHOD": "finetune", "/data/camvid": "camvid"}
-        word = data.get(word, word)
+        word = STAND_INS.get(word, word)
         bare = Path(word).name
         if re.match(r"(runs/|suites/\w+/runs/|DIR$|RUN$)", word) and not (self.cwd / word).exists() and bare != "runs":
             self.have(self.cwd / word)
@@ -203,6 +208,7 @@ class Stage:
     def have(self, run: Path) -> None:
         """A finished tiny run of the fitting kind at that place."""
         kind = next((kind for kind in ("joint", "finetune") if kind in run.name), "cl")
+        shutil.rmtree(run, ignore_errors=True)
         shutil.copytree(self.stock / kind, run)
 
     def cssbench(self, words: list[str]) -> None:
@@ -214,15 +220,14 @@ class Stage:
         elif name in PARSED or (name.startswith(HEAVY) and not self.real) or name == "demo":
             return
         else:
-            for key in ("--out",):
-                if key in words and re.match("runs/", words[words.index(key) + 1]):
-                    shutil.rmtree(self.cwd / words[words.index(key) + 1], ignore_errors=True)
+            if "--out" in words and words[(where := words.index("--out") + 1)].startswith("runs/"):
+                shutil.rmtree(self.cwd / words[where], ignore_errors=True)  # a stand-in, which the command makes itself
             call(words, self.cwd)
 
     def run(self, words: list[str], parsed: dict[str, Any]) -> None:
         """Every name and setting is validated; then the run is trained in a second, or stood in for."""
         out = self.cwd / str(parsed["out"])
-        shutil.rmtree(out, ignore_errors=True)  # a stand-in: see `stand_in`
+        shutil.rmtree(out, ignore_errors=True)
         content = recipes.read_recipe(
             str(self.cwd / parsed["recipe"]) if ".toml" in parsed["recipe"] else parsed["recipe"]
         )
@@ -242,7 +247,7 @@ class Stage:
         call([*words, *start], self.cwd)
 
     def wants(self, parsed: dict[str, Any]) -> bool:
-        """By default the first run of a package that the page itself has made is trained, the others are stood in for."""
+        """By default the first run of a package that the page itself has made is trained, others are stood in for."""
         return self.trained == 0 and any(self.folder.glob("*.dist-info"))
 
 
@@ -283,9 +288,10 @@ def make_stock(folder: Path) -> Path:
         for images, labels in splits.items():
             for number in range(3):
                 stem = f"ADE_{number:08d}" if name == "ade20k" else ("0001TP_006690", "b", "c")[number]
+                shown = np.arange(6 if stem == "b" else len(values))  # "b": nothing but base classes
                 for kind, array in (
                     (images, rng.integers(0, 256, (36, 48, 3), np.uint8)),
-                    (labels, np.resize(np.repeat(np.arange(len(values)), 8), (36, 48)).astype(np.uint8)),
+                    (labels, np.resize(np.repeat(shown, 8), (36, 48)).astype(np.uint8)),
                 ):
                     (folder / name / kind).mkdir(parents=True, exist_ok=True)
                     Image.fromarray(array).save(folder / name / kind / f"{stem}.png")

@@ -14,7 +14,20 @@ pytestmark = pytest.mark.usefixtures("_one_thread")
 # (page, command or first line of a block) -> why it is not run.
 NOT_RUN = {
     ("docs/resume.md", "^C"): "a key, not a command",
-    ("docs/backbones.md", "tokens = backbone.embed(images) # (B, L, C), as they enter block 1"): "",
+    ("docs/devices.md", 'HOST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'): "needs a SLURM cluster",
+}
+# Page -> what its fragments of Python have around them.
+GIVEN = {
+    "docs/backbones.md": """
+import torch
+from cssbench.models.backbone import Backbone, BackboneConfig
+from cssbench.models.packed import pack, run_block
+
+backbone = Backbone(BackboneConfig(
+    name="vit_tiny_patch16_224", image_size=32, patch=8, width=16, depth=2, heads=2, layers=[2], drop_path=0.0))
+H = W = 32
+images, keep = torch.zeros(2, 3, H, W), torch.arange(16).expand(2, 16) < 9
+"""
 }
 
 
@@ -25,13 +38,17 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def play(page: str, folder: Path, stock: Path, real: bool) -> Stage:
     stage = Stage(folder, stock, real, NOT_RUN)
+    exec(GIVEN.get(page, ""), stage.names)
     with doc_blocks.imports_of(folder), pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        for block in blocks(page):
+            stage.write(block)
         for block in blocks(page):
             stage.play(block)
     return stage
 
 
+@pytest.mark.usefixtures("_drawn_only")
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
 def test_blocks_of_a_page(page: str, tmp_path: Path, stock: Path):
     stage = play(page, tmp_path, stock, real=False)

@@ -1,6 +1,7 @@
 """Pages are written for a plain file view too: what a link of theirs to the rest of the checkout becomes here.
 
 - README.md and CHANGELOG.md of the checkout, and reports/results/README.md, are included by pages of the site;
+- a page that index.md does not list stands in the place UNLISTED there;
 - any other file of the checkout is named as text, since the site does not hold it;
 - a docstring is plain English, not reStructuredText: a list or an indented tree in it is kept as it stands.
 """
@@ -41,6 +42,9 @@ def on_source(app: Any, docname: str, source: list[str]) -> None:
             app.env.note_dependency(str(Path(app.srcdir).parent / file))
             return
     source[0] = relink(source[0], f"docs/{docname}.md")
+    if docname == "index":
+        listed = set(re.findall(r"^([\w./-]+)$", source[0], re.M))
+        source[0] = source[0].replace("UNLISTED", "\n".join(sorted(app.env.found_docs - listed - {"index"})))
 
 
 def on_docstring(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
