@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from cssbench import scenario
-from cssbench.cli import main
+from cssbench.cli.run import start_run
 from cssbench.data import presence
 from cssbench.data.registry import make_dataset
 
@@ -38,8 +38,7 @@ def own_scenario(folder: Path, *settings: str) -> None:
             print(f"{mode}, step {step.index}: {len(chosen)} images for {names}")
 
     options = ["data.options={classes=12,train=200,val=40}", "train.iterations=[60,30]", *settings]
-    run = ["run", "demo-segvit-cl", "--scenario", str(file), "--data", str(folder), "--out", str(folder / "run")]
-    main(run + [word for option in options for word in ("--set", option)])
+    start_run("demo-segvit-cl", folder / "run", folder, [f"scenario.name='{file}'", *options])
 
 
 if __name__ == "__main__":

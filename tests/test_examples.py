@@ -65,5 +65,6 @@ def test_results_and_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     table = script("read_results").read_results(tmp_path / "runs")
     assert table[("mmseg150@1", "incremental")].tolist() == [pytest.approx(10 / 15)]
     script("custom_figure").custom_figure(tmp_path / "runs", tmp_path / "own.png")
-    assert Image.open(tmp_path / "own.png").size[0] > 500
+    with Image.open(tmp_path / "own.png") as picture:
+        assert picture.size[0] > 500
     assert "forgetting of the base classes" in capsys.readouterr().out

@@ -69,7 +69,7 @@ def test_a_data_root_comes_from_the_environment(command: Command, tmp_path: Path
     [
         ("run camvid-6-1 --out x --data .", "`cssbench run RECIPE --scenario camvid-6-1` runs one on that scenario"),
         ("run nothing --out x", "`cssbench list recipes` shows all"),
-        ("run ade20k-mib-deeplabv3 --out x", "`cssbench data fetch ade20k --root ROOT` downloads it"),
+        ("run ade20k-mib-segvit --out x", "`cssbench data fetch ade20k --root ROOT` downloads it"),
         ("run demo-finetune --out x", "or set CSSBENCH_DATA_SYNTHETIC"),
         ("status runs", "Below it lie a, b: name one."),
         ("status elsewhere", "`cssbench run` makes one."),
