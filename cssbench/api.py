@@ -3,6 +3,7 @@
 from cssbench.config import Section
 from cssbench.data.base import SegDataset
 from cssbench.errors import ConfigError, CssbenchError, DataError, ModelError, PluginError
+from cssbench.logs import LoggedRun, Logger
 from cssbench.method import Batch, Method, StepContext
 from cssbench.models.segmenter import Encoded, Segmenter, SegOutput
 from cssbench.protocol import Protocol
@@ -15,6 +16,8 @@ __all__ = [
     "CssbenchError",
     "DataError",
     "Encoded",
+    "LoggedRun",
+    "Logger",
     "Method",
     "ModelError",
     "PluginError",

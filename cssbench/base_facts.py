@@ -83,15 +83,15 @@ def is_plain(method: Method) -> bool:
 
 def _origin(group: str, name: str, part: Any) -> dict[str, Any]:
     """Name, distribution and version of a part, and the SHA-256 of the file that defines it."""
-    known = registry.parts(group).get(name)
+    known = registry.distribution_of(group, name)
     try:
         source = inspect.getsourcefile(type(part))
     except TypeError:  # a class without a file
         source = None
     return {
         "name": name,
-        "distribution": known and known.distribution,
-        "version": known and provenance.package_version(known.distribution),
+        "distribution": known,
+        "version": known and provenance.package_version(known),
         "source": sha256(Path(source)) if source else None,
     }
 

@@ -126,6 +126,22 @@ class CheckpointConfig(Section):
     iterations: PositiveInt | None = Field(None, description="save after so many iterations; None: not by count")
 
 
+class LogConfig(Section):
+    """Where numbers and sample images go beside the CSV files in logs/ (docs/logging.md)."""
+
+    loggers: list[str] = Field(
+        ["tensorboard"], description="`cssbench list loggers`; wandb and mlflow are extras; []: the CSV alone"
+    )
+    project: str = Field("cssbench", min_length=1, description="project of W&B, experiment of MLflow")
+
+    @field_validator("loggers")
+    @classmethod
+    def _once(cls, names: list[str]) -> list[str]:
+        if len(set(names)) < len(names):
+            raise ValueError("list each logger once")
+        return names
+
+
 class OptimConfig(Section):
     """Optimiser and schedule. Rates with a `later_` twin use it at steps t > 0."""
 
@@ -257,6 +273,7 @@ class RunConfig(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     cache: CacheConfig = CacheConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
 
     @model_validator(mode="after")
     def _views(self) -> RunConfig:

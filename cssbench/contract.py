@@ -38,7 +38,7 @@ def model_class(name: str) -> type[Segmenter]:
 
 def _with_config(cls: Any, kind: str, name: str) -> Any:
     if not (isinstance(cls.Config, type) and issubclass(cls.Config, Section)):
-        part = registry.parts(f"{kind}s")[name]
+        part = registry.find(f"{kind}s", name)
         raise PluginError(
             f"The Config of the {part} is {cls.Config!r}, not a subclass of cssbench.api.Section. "
             f"{registry.remedy(part.distribution, 'Derive it: class Config(Section)')}"
@@ -48,7 +48,7 @@ def _with_config(cls: Any, kind: str, name: str) -> Any:
 
 def build_method(choice: PartChoice) -> Method:
     """The method chosen by a recipe, its hooks checked. Raises ConfigError for a wrong option, PluginError."""
-    cls, part = method_class(choice.name), registry.parts("methods")[choice.name]
+    cls, part = method_class(choice.name), registry.find("methods", choice.name)
     own = {"part": part, "__module__": cls.__module__, "__doc__": cls.__doc__}
     own["plain_base"] = vars(cls).get("plain_base", False)  # a promise that no subclass inherits, and Checked keeps
     checked = type(cls.__name__, (Checked, cls), own)
@@ -89,6 +89,14 @@ class Checked(Method):
     def loss(self, ctx: StepContext, batch: Batch) -> dict[str, Tensor]:
         with self._watch("loss"):
             return super().loss(ctx, batch)
+
+    def after_backward(self, ctx: StepContext) -> None:
+        with self._watch("after_backward"):
+            super().after_backward(ctx)
+
+    def after_update(self, ctx: StepContext) -> None:
+        with self._watch("after_update"):
+            super().after_update(ctx)
 
     def end_step(self, ctx: StepContext) -> None:
         with self._watch("end_step"):

@@ -2,7 +2,10 @@
 
 Hooks, in order, at every step t (the model has already grown its head for the step's classes):
 
-    start_step(ctx)  ->  param_groups(ctx)  ->  loss(ctx, batch), once per forward pass  ->  end_step(ctx)
+    start_step(ctx)  ->  param_groups(ctx)  ->  training  ->  end_step(ctx)
+
+Training is, for each optimiser step: loss(ctx, batch), once per forward pass  ->  after_backward(ctx)  ->  the
+optimiser's step  ->  after_update(ctx).
 
 After `end_step` the loop saves `state_dict()`, freezes a copy of the model as `ctx.previous` of the next step, and
 evaluates. A method never changes the model's structure: growth belongs to the loop, so that resume can replay it.
@@ -91,6 +94,13 @@ class Method:
     def loss(self, ctx: StepContext, batch: Batch) -> dict[str, Tensor]:
         """Named scalar terms, already weighted; the trainer adds them up."""
         raise NotImplementedError(f"{type(self).__name__} must define loss(ctx, batch)")
+
+    def after_backward(self, ctx: StepContext) -> None:
+        """Before an optimiser step: every trained parameter has its gradient, summed over the forward passes, not yet
+        clipped, and times the loss scale where `train.precision` is "16-mixed"."""
+
+    def after_update(self, ctx: StepContext) -> None:
+        """After an optimiser step, before its gradients are dropped."""
 
     def end_step(self, ctx: StepContext) -> None:
         """After training, before the model is saved, copied and evaluated."""

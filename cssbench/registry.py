@@ -23,11 +23,14 @@ from importlib.util import find_spec
 from pathlib import PurePath
 from typing import Any, Generic, TypeVar
 
-from cssbench.errors import PluginError, UnknownNameError, fault
+from cssbench.errors import CssbenchError, PluginError, UnknownNameError, fault
 
 T = TypeVar("T")
 
-GROUPS = ("methods", "models", "datasets", "scenarios", "recipes", "presets", "suites", "protocols", "reports", "tools")
+GROUPS = (
+    "methods", "namespaces", "models", "datasets", "scenarios", "recipes", "presets", "suites", "protocols", "reports",
+    "loggers", "tools",
+)  # fmt: skip
 OWN = "cssbench"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+@-]*")
 
@@ -56,6 +59,25 @@ class Part:
             raise PluginError(
                 f"The {self} cannot be imported from {self.entry_point.value!r}: {describe(error)}. "
                 f"{remedy(self.distribution, 'Mend that module')}"
+            ) from error
+
+
+@dataclass(frozen=True)
+class Member(Part):
+    """A method that a namespace makes, `namespace:member`: the entry point is that of the namespace, a function of the
+    member's name."""
+
+    def load(self) -> Any:
+        """The method's class. Raises PluginError as `Part.load`, and what errors of cssbench the namespace raises."""
+        make = super().load()
+        try:
+            return make(self.name.partition(":")[2])
+        except CssbenchError:
+            raise
+        except Exception as error:  # a stranger's function may raise anything
+            raise PluginError(
+                f"The {self} cannot be made by {self.entry_point.value!r}: {describe(error)}. "
+                f"{remedy(self.distribution, 'Mend that function')}"
             ) from error
 
 
@@ -222,9 +244,27 @@ def _there(module: str) -> bool:
         return True
 
 
+def find(group: str, name: str) -> Part:
+    """The part `name` of `group`; of methods also `namespace:member`, whose member is not looked at yet. Imports
+    nothing. Raises UnknownNameError (with the nearest names) or PluginError."""
+    namespace, colon, _ = name.partition(":")
+    if group != "methods" or not colon:
+        return catalogue(group).get(name)
+    made_by = catalogue("namespaces").get(namespace)
+    return Member("method", name, made_by.distribution, made_by.entry_point)
+
+
+def distribution_of(group: str, name: str) -> str | None:
+    """Which distribution has the part `name` of `group`; None where there is no such part."""
+    try:
+        return find(group, name).distribution
+    except (UnknownNameError, PluginError):
+        return None
+
+
 def load(group: str, name: str) -> Any:
     """Import the part `name` of `group`. Raises UnknownNameError (with the nearest names) or PluginError."""
-    return catalogue(group).get(name).load()
+    return find(group, name).load()
 
 
 def load_class(group: str, name: str, base: type[T], hooks: Sequence[str | tuple[str, ...]]) -> type[T]:
@@ -232,7 +272,7 @@ def load_class(group: str, name: str, base: type[T], hooks: Sequence[str | tuple
 
     `base` is one of `cssbench.api`. A tuple of hooks: the first one, or instead all the others.
     """
-    part = catalogue(group).get(name)
+    part = find(group, name)
     cls = part.load()
     if not (isinstance(cls, type) and issubclass(cls, base)):
         raise PluginError(

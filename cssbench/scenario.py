@@ -131,10 +131,24 @@ class Scenario:
         return max(self.order)
 
     def images(self, presence: np.ndarray) -> list[np.ndarray]:
-        """Training images of each step: indices, ascending, into `presence`.
+        """Training images of each step: indices, ascending, into `presence` (as for `selected`).
+
+        Raises ScenarioError when a step has no image.
+        """
+        picked = [np.flatnonzero(column) for column in self.selected(presence).T]
+        for step, indices in zip(self.steps, picked, strict=True):
+            if len(indices) == 0:
+                raise ScenarioError(
+                    f"Step {step.index} of scenario {self.name!r} ({self.mode}) has no training image: none shows its "
+                    f"classes {list(step.new)} under that rule. Use another mode, order or increment."
+                )
+        return picked
+
+    def selected(self, presence: np.ndarray) -> np.ndarray:
+        """(n, steps) bool: does image i belong to step t?
 
         presence: (n, K+1) bool, does image i show class id c (column 0, void, is not looked at).
-        Raises ScenarioError when a step has no image.
+        Raises ScenarioError when it lacks a class.
         """
         if presence.shape[1] <= self.num_classes_max:
             raise ScenarioError(
@@ -143,20 +157,11 @@ class Scenario:
             )
         shows = np.stack([presence[:, list(group)].any(axis=1) for group in self.groups], axis=1)
         if self.mode == "overlapped":
-            chosen: np.ndarray = shows
-        elif self.mode == "partitioned":
-            chosen = _partition(shows, self.partition_seed)
-        else:  # disjoint, sequential: no class of a later step may show
-            later = np.cumsum(shows[:, ::-1], axis=1)[:, ::-1] - shows > 0
-            chosen = shows & ~later
-        picked = [np.flatnonzero(column) for column in chosen.T]
-        for step, indices in zip(self.steps, picked, strict=True):
-            if len(indices) == 0:
-                raise ScenarioError(
-                    f"Step {step.index} of scenario {self.name!r} ({self.mode}) has no training image: none shows its "
-                    f"classes {list(step.new)} under that rule. Use another mode, order or increment."
-                )
-        return picked
+            return shows
+        if self.mode == "partitioned":
+            return _partition(shows, self.partition_seed)
+        later = np.cumsum(shows[:, ::-1], axis=1)[:, ::-1] - shows > 0
+        return shows & ~later  # disjoint, sequential: no class of a later step may show
 
 
 def _partition(shows: np.ndarray, seed: int) -> np.ndarray:

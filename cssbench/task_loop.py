@@ -19,7 +19,7 @@ from cssbench.experiment import Experiment, derive_seed
 from cssbench.frozen import training_batches
 from cssbench.initial import start_from_initial
 from cssbench.interrupt import Signals, listening
-from cssbench.logs import StepLog
+from cssbench.logs import RunLog, StepLog
 from cssbench.method import StepContext
 from cssbench.models.segmenter import Segmenter, count_parameters, freeze_copy
 from cssbench.progress import say, track
@@ -54,11 +54,11 @@ def run(made: Experiment, shared: Path | None = None) -> None:
 
     shared: a folder of base steps, from which this run's is taken, or in which it is put (`cssbench.shared`).
     """
-    with listening() as signals:
-        _run_steps(made, shared, signals)
+    with listening() as signals, made.open_log() as log:
+        _run_steps(made, shared, signals, log)
 
 
-def _run_steps(made: Experiment, shared: Path | None, signals: Signals) -> None:
+def _run_steps(made: Experiment, shared: Path | None, signals: Signals, log: RunLog) -> None:
     previous: Segmenter | None = None
     finished = made.fabric.broadcast(_sound_steps(made) if made.fabric.is_global_zero else 0)
     if finished < len(made.scenario.steps):
@@ -72,7 +72,7 @@ def _run_steps(made: Experiment, shared: Path | None, signals: Signals) -> None:
             _restore(made, step)
         else:
             with BaseStep(made, None if step.index else shared) as base:
-                _run_step(made, step, previous, base, StepCheckpoints(made, step, signals))
+                _run_step(made, step, previous, base, StepCheckpoints(made, step, signals), log)
         previous = freeze_copy(made.model)
 
 
@@ -100,11 +100,16 @@ def _restore(made: Experiment, step: Step) -> None:
 
 
 def _run_step(
-    made: Experiment, step: Step, previous: Segmenter | None, base: BaseStep, checkpoints: StepCheckpoints
+    made: Experiment,
+    step: Step,
+    previous: Segmenter | None,
+    base: BaseStep,
+    checkpoints: StepCheckpoints,
+    log: RunLog,
 ) -> None:
     """Train, save, evaluate, and write the record that makes the step finished."""
     clock, fabric = Clock(), made.fabric
-    numbers = _train(made, step, previous, base, checkpoints, clock)
+    numbers = _train(made, step, previous, base, checkpoints, clock, log)
     if fabric.is_global_zero:
         folder = made.folder.step_folder(step.index)
         checkpoint.save_weights(folder / "model.safetensors", made.model)
@@ -117,6 +122,8 @@ def _run_step(
         made.folder.finish_step(step.index, found.matrices, numbers | found.numbers | found.cached)
         seconds = f"{sum(clock.seconds.values()):.0f} s{' when trained' if base.reused else ''}"
         checkpoints.clear()
+        scores = default_scores(made, step, found.matrices)
+        log.evaluated(step.index, scores, made.folder.step_folder(step.index), made.sample_stems)
         say(f"step {step.index}: {base.origin}{summary_line(made, step, found.matrices)}, {seconds}")
     fabric.barrier()
 
@@ -128,6 +135,7 @@ def _train(
     base: BaseStep,
     checkpoints: StepCheckpoints,
     clock: Clock,
+    run_log: RunLog,
 ) -> dict[str, Any]:
     """The method's hooks around training; returns the numbers of the step's record."""
     fabric, method, config = made.fabric, made.method, made.config
@@ -137,12 +145,12 @@ def _train(
     images = len(made.train_stems[step.index])
     iterations = config.train.length(step.index, images)
     start = checkpoints.load()
-    with StepLog(made.folder.path / "logs", step.index, fabric.is_global_zero, start) as log:
-        ctx, data, stream = _context(made, step, previous, iterations, log, start)
-        method.start_step(ctx)
-        trainable = count_parameters(model, trainable=True)
-        with training_batches(made, ctx, data, stream) as (batches, cached):
-            loss = _learn(made, ctx, batches, iterations, base, checkpoints, clock)
+    log = StepLog(made.folder.path / "logs", step.index, fabric.is_global_zero, start, run_log)
+    ctx, data, stream = _context(made, step, previous, iterations, log, start)
+    method.start_step(ctx)
+    trainable = count_parameters(model, trainable=True)
+    with training_batches(made, ctx, data, stream) as (batches, cached):
+        loss = _learn(made, ctx, batches, iterations, base, checkpoints, clock)
     return {
         "images": images,
         "iterations": iterations,
@@ -249,12 +257,23 @@ def _batches(n: int, size: int) -> list[list[int]]:
     return [list(range(start, min(start + size, n))) for start in range(0, n, size)]
 
 
-def summary_line(made: Experiment, step: Step, matrices: dict[str, np.ndarray]) -> str:
-    """mIoU of base and all classes so far, under each default protocol whose matrix is there."""
-    parts = []
+def default_scores(made: Experiment, step: Step, matrices: dict[str, np.ndarray]) -> dict[str, float]:
+    """`base`, `incremental` and `all` under each default protocol whose matrix is there: "all/<protocol>" -> mIoU."""
+    found: dict[str, float] = {}
     for protocol in map(get, DEFAULTS):
         if protocol.key in matrices:
             score = protocol.scores(matrices[protocol.key], made.scenario.groups, step.index)
+            part = {f"{k}/{protocol.id}": score.get(k) for k in ("base", "incremental", "all")}
+            found |= {name: value for name, value in part.items() if value is not None}
+    return found
+
+
+def summary_line(made: Experiment, step: Step, matrices: dict[str, np.ndarray]) -> str:
+    """mIoU of base and all classes so far, under each default protocol whose matrix is there."""
+    parts, background_class = [], made.data.background_class
+    for protocol in map(get, DEFAULTS):
+        if protocol.key in matrices and protocol.can_score(background_class):
+            score = protocol.scores(matrices[protocol.key], made.scenario.groups, step.index, background_class)
             shown = ", ".join(f"{k} {100 * v:.2f}" for k in ("base", "all") if (v := score[k]) is not None)
             parts.append(f"{shown} % ({protocol.id})")
     return "; ".join(parts)

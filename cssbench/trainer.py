@@ -194,9 +194,11 @@ def _fit(
                 terms[name] = terms.get(name, 0) + value.detach() / train.accumulate
         for check in checks:
             check.answer(ctx, method)
+        method.after_backward(ctx)
         if optim.clip is not None:
             fabric.clip_gradients(module, optimizer, max_norm=optim.clip, error_if_nonfinite=False)
         optimizer.step()
+        method.after_update(ctx)
         optimizer.zero_grad(set_to_none=True)
         at_end = iteration >= iterations - max(1, iterations // 10)
         logged = iteration % train.log_every == 0 or iteration == iterations - 1

@@ -20,12 +20,20 @@ FIRST_PARTY = {
     "reports": {
         "cssbench",
     },  # minus TORCH_ROOMS
-    "examples": {"cssbench.api", "cssbench.losses"},
+    "examples": {
+        "cssbench.api",
+        "cssbench.losses",
+        "cssbench.scenario",
+        "cssbench.config",
+        "cssbench.data",
+        "cssbench.models",
+        "cssbench.interop",
+    },
 }
 PLUGINS = {"cssbench.scenarios", "cssbench.baselines"}
 TORCH_ROOMS = {f"cssbench.{name}" for name in (
     "models", "losses", "baselines", "trainer", "engine", "task_loop", "evaluate", "checkpoint", "experiment",
-    "contract", "method", "api", "data", "logs", "testing", "step_checkpoint",
+    "contract", "method", "api", "data", "logs", "testing", "step_checkpoint", "portable", "export", "predicting",
     "sync_batchnorm",
 )}  # fmt: skip
 CHECKOUT_NAMES = {"scenarios", "baselines", "reports", "tests"}
@@ -41,9 +49,11 @@ THIRD_PARTY = {
     "lightning": {"cssbench/engine.py", "cssbench/trainer.py", "cssbench/experiment.py"},
     "safetensors": {"cssbench/checkpoint.py"},
     "typer": {"cssbench/cli/"},
+    "avalanche": {"cssbench/interop/avalanche/", "examples/"},
+    "continuum": {"cssbench/interop/continuum.py", "examples/"},
+    "wandb": {"cssbench/loggers.py"},
+    "mlflow": {"cssbench/loggers.py"},
     "submitit": {"cssbench/suites/launch.py", "cssbench/suites/attempt.py"},
-    "avalanche": {"cssbench/interop/avalanche.py"},
-    "continuum": {"cssbench/interop/continuum.py"},
 }
 
 # What `--help`, `list`, `status` and `report` import.
@@ -55,8 +65,8 @@ NO_TORCH = {"scenarios/", "reports/", "cssbench/cli/", "cssbench/metrics/continu
         "suites/attempt", "suites/launch",
     )
 } | {f"cssbench/data/{name}.py" for name in (
-    "base", "ade20k", "camvid", "folder", "synthetic", "presence", "verify", "picture", "registry",
-    "archive", "download", "fetch", "statistics",
+    "base", "ade20k", "camvid", "folder", "synthetic", "presence", "verify", "picture", "registry", "listed", "matlab",
+    "voc", "pascal_context", "coco_stuff", "cityscapes", "archive", "download", "fetch", "statistics",
 )}  # fmt: skip
 
 

@@ -20,7 +20,20 @@ from rich.markup import escape
 
 import cssbench
 from cssbench import processes
-from cssbench.cli import check, data, doctor, evaluate, listing, profile, published, run, scenario, score, suite
+from cssbench.cli import (
+    check,
+    data,
+    doctor,
+    evaluate,
+    export,
+    listing,
+    profile,
+    published,
+    run,
+    scenario,
+    score,
+    suite,
+)
 from cssbench.cli.text import plain_lines
 from cssbench.errors import CssbenchError
 from cssbench.interrupt import Interrupted
@@ -37,6 +50,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(suite.app, name="suite")
 run.register(app)
 evaluate.register(app)
+export.register(app)
 listing.register(app)
 check.register(app)
 doctor.register(app)

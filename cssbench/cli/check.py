@@ -28,7 +28,10 @@ def register(app: typer.Typer) -> None:
 
 def check(
     method: Annotated[
-        str, typer.Argument(help="An installed method, or module:Class.", autocompletion=complete.method)
+        str,
+        typer.Argument(
+            help="An installed method (also avalanche:EWC), or module:Class.", autocompletion=complete.method
+        ),
     ],
     models: Annotated[
         list[str] | None,
@@ -82,10 +85,11 @@ def _refuse_preset(name: str) -> None:
 
 def _find(name: str) -> tuple[Any, str]:
     """The class, and where it is from. Raises PluginError or UnknownNameError."""
-    if ":" not in name:
-        from cssbench import registry
+    from cssbench import registry
 
-        return registry.load("methods", name), registry.parts("methods")[name].distribution
+    if ":" not in name or name.partition(":")[0] in registry.parts("namespaces"):
+        part = registry.find("methods", name)
+        return part.load(), part.distribution
     module, _, attribute = name.partition(":")
     sys.path.insert(0, str(Path.cwd()))  # as `python -m` does
     try:

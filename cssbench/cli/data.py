@@ -23,6 +23,24 @@ Dataset = Annotated[
 DataOption = Annotated[list[str] | None, typer.Option("--option", help="Option of the dataset, key=value.")]
 
 
+# Dataset -> files or folders below the root, one of which tells it. The first that fits is taken.
+SIGNS = {
+    "folder": ("dataset.toml",),
+    "ade20k": ("annotations/validation", "ADEChallengeData2016/annotations/validation"),
+    "camvid": ("trainannot",),
+    "cityscapes": ("gtFine", "leftImg8bit"),
+    "coco-stuff-10k": ("imageLists", "annotations/train2014"),
+    "pascal-context": (
+        "SegmentationClassContext",
+        "VOC2010",
+        "VOCdevkit/VOC2010",
+        "ImageSets/SegmentationContext",
+        "trainval",
+    ),
+    "voc": ("SegmentationClass", "VOC2012", "VOCdevkit/VOC2012", "ImageSets/Segmentation"),
+}
+
+
 @app.command()
 def fetch(
     name: Annotated[
@@ -63,7 +81,7 @@ def verify(root: Root, dataset: Dataset = None, option: DataOption = None) -> No
     problems = find_problems(source)
     for problem in problems:
         typer.echo(plain(f"{problem.path}: {problem.what}"))
-    counted = {split: len(source.stems(split)) for split in source.splits if source.has_images(split)}
+    counted = {split: len(source.image_files(split)) for split in source.splits if source.has_images(split)}
     sizes = ", ".join(f"{count} {split}" for split, count in counted.items()) or "no"
     typer.echo(f"{source.name} at {root}: {sizes} images, {len(problems)} problems")
     whole = source.archive.images if isinstance(source.archive, Archive) else {}
@@ -97,7 +115,8 @@ def index(
     table = Table(title=f"{source.name} at {root}: images that show each class", title_justify="left", box=None)
     for heading in ("id", "class", *(f"{split} ({len(i.stems)})" for split, i in found.items())):
         table.add_column(heading, justify="left" if heading == "class" else "right")
-    for class_id, name in enumerate(source.classes, 1):
+    background = [(0, "background")] if source.background_class else []
+    for class_id, name in [*background, *enumerate(source.classes, 1)]:
         table.add_row(str(class_id), plain(name), *(str(int(i.table[:, class_id].sum())) for i in found.values()))
     Console(markup=False).print(table)
 
@@ -129,7 +148,7 @@ def stats(
     found: dict[str, list[StepFrequencies]] = {}
     for scene in scenes:
         try:
-            found[scene.mode] = frequencies(scene, counts, source.classes)
+            found[scene.mode] = frequencies(scene, counts, source.classes, source.background_class)
         except ScenarioError as error:
             if mode != "all":
                 raise
@@ -191,15 +210,12 @@ def _open(root: Path, dataset: str | None, option: list[str] | None):
 
 def _guess(root: Path) -> str:
     """Which built-in dataset lies at `root`, by its folders. Raises DataError."""
-    signs = {
-        "folder": "dataset.toml",
-        "ade20k": "annotations/validation",
-        "camvid": "trainannot",
-    }
     if not root.exists():
         raise DataError(f"The data root {str(root)!r} does not exist. Name the folder that the data lie in.")
-    for name, sign in signs.items():
-        if (root / sign).exists() or (root / "ADEChallengeData2016" / sign).exists() or root.suffix == ".toml":
+    if root.suffix == ".toml":
+        return "folder"
+    for name, signs in SIGNS.items():
+        if any((root / sign).exists() for sign in signs):
             return name
-    told = ", ".join(f"{name} ({sign})" for name, sign in signs.items())
+    told = ", ".join(f"{name} ({signs[0]})" for name, signs in SIGNS.items())
     raise DataError(f"What lies at {str(root)!r} is not told by its folders: {told}. Give --dataset NAME.")

@@ -34,6 +34,7 @@ class Kind(StrEnum):
     suites = "suites"
     protocols = "protocols"
     reports = "reports"
+    loggers = "loggers"
 
 
 Rows = list[tuple[str, ...]]
@@ -71,7 +72,11 @@ def list_parts(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> N
 
 def _parts(group: str) -> tuple[Rows, list[str]]:
     rows: Rows = [(part.name, part.distribution, part.entry_point.value) for part in registry.parts(group).values()]
-    return rows, registry.catalogue(group).complaints + registry.missing_modules(group)
+    complaints = registry.catalogue(group).complaints + registry.missing_modules(group)
+    if group == "methods":
+        more, wrong = _parts("namespaces")
+        return rows + [(f"{name}:NAME", *rest) for name, *rest in more], complaints + wrong
+    return rows, complaints
 
 
 def _models() -> tuple[Rows, list[str]]:

@@ -141,6 +141,7 @@ def _overview(run: RunFolder) -> dict[str, Any]:
 
 
 def _print_overview(run: RunFolder, content: dict[str, Any]) -> None:
+    from cssbench import scoring
     from cssbench.protocol import protocols
 
     known, means = protocols(), ("base", "incremental", "all", "avg")
@@ -155,12 +156,15 @@ def _print_overview(run: RunFolder, content: dict[str, Any]) -> None:
     _print(("protocol", *means, "why it differs"), rows, left=("protocol", "why it differs"))
     for name, scores in content["protocols"].items():
         if scores is None:
-            typer.echo(f"{name} cannot be scored: the run did not keep {known[name].key}.")
+            typer.echo(f"{name} cannot score it: {scoring.why_not(run, known[name])}.")
 
 
 def compare(
     runs: Folders,
-    protocol: Annotated[str, typer.Option(help="Scoring protocol.", autocompletion=complete.protocol)] = "mmseg150@1",
+    protocol: Annotated[
+        str | None,
+        typer.Option(help="Scoring protocol; default: mmseg150, or plop on VOC.", autocompletion=complete.protocol),
+    ] = None,
     allow_mixed: Annotated[
         bool, typer.Option("--allow-mixed", help="Print runs that differ together, the mix in the caption.")
     ] = False,
@@ -168,11 +172,13 @@ def compare(
     """Print runs in one table, with the drop to their own oracle. Runs that must not be compared are an error."""
     from cssbench import compare as comparing
     from cssbench import protocol as protocols
+    from cssbench import scoring
     from cssbench.metrics.continual import FORMULAS
     from cssbench.results import RunFolder
 
-    chosen = protocols.get(protocol)
-    rows, differences = comparing.table([RunFolder.read(path) for path in runs], chosen, allow_mixed)
+    folders = [RunFolder.read(path) for path in runs]
+    chosen = protocols.get(protocol) if protocol else scoring.default_protocol(folders)
+    rows, differences = comparing.table(folders, chosen, allow_mixed)
     typer.echo(f"{chosen.id}: {chosen.summary}. mIoU in %, drops in points, relative drops in %.")
     if differences:
         typer.echo(f"MIXED, not comparable: {'; '.join(differences)}.")

@@ -21,7 +21,9 @@ from cssbench.method import Method
 from cssbench.testing.rig import STEPS, Refused, Rig, Trace
 from cssbench.testing.watch import Stopped
 
-HOOKS = ("start_step", "param_groups", "loss", "end_step", "state_dict", "load_state_dict")
+HOOKS = (
+    "start_step", "param_groups", "loss", "after_backward", "after_update", "end_step", "state_dict", "load_state_dict",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,14 @@ class Watched(Method):
             self._complain("losses", ctx, "no term has a gradient, so nothing is learned")
         return terms
 
+    def after_backward(self, ctx: StepContext) -> None:
+        with self._hook("after_backward", ctx):
+            self.inner.after_backward(ctx)
+
+    def after_update(self, ctx: StepContext) -> None:
+        with self._hook("after_update", ctx):
+            self.inner.after_update(ctx)
+
     def end_step(self, ctx: StepContext) -> None:
         self.trace.trained.append(copy_of(ctx.model))
         with self._hook("end_step", ctx):
