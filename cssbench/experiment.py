@@ -178,9 +178,9 @@ def build_experiment(
         chosen.name, mode=chosen.mode, order=chosen.order, void=chosen.void, partition_seed=chosen.partition_seed
     )
     method = make_method(config) if method is None else method
-    for name in config.log.loggers:
-        logger_class(name)
     if trains:
+        for name in config.log.loggers:
+            logger_class(name)
         micro_batch(config.train, processes.world())
     fabric = make_fabric(config.train)
     data = make_dataset(scene.dataset, config.data.root, config.data.options)

@@ -365,6 +365,13 @@ def test_extras_are_imported_only_when_asked_for_and_named_where_they_are_missin
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_a_namespace_is_listed_and_its_methods_are_checked_by_name(command: Any):
+    assert "avalanche:NAME" in command("list", "methods")[1]
+    code, _, said = command("check", "avalanche:GDumb")
+    assert code == 2
+    assert "avalanche:GDumb cannot run on segmentation: it balances its memory by the one class" in said
+
+
 def test_a_namespace_that_fails_is_named(install: Any):
     files = {"space.py": "def make(member):\n    raise KeyError(member)\n"}
     install("space-pack", {"namespaces": {"space": "space:make"}}, files)

@@ -277,7 +277,7 @@ def test_unknown_names_in_a_recipe():
         make_model(made("model.name=segvti"))
 
 
-@pytest.mark.parametrize("group", ["methods", "models", "datasets", "reports"])
+@pytest.mark.parametrize("group", ["methods", "models", "datasets", "reports", "loggers", "namespaces"])
 def test_listing_imports_no_part(group: str):
     code = (
         "import sys; from cssbench import registry\n"

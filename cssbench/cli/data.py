@@ -7,13 +7,19 @@ from typing import Annotated, Any
 
 import typer
 
+from cssbench.cli import complete
 from cssbench.cli.text import plain
 from cssbench.errors import ConfigError, DataError, ScenarioError
 
 app = typer.Typer(help="Fetch, check and count data.", no_args_is_help=True)
 
 Root = Annotated[Path, typer.Argument(help="Data root.")]
-Dataset = Annotated[str | None, typer.Option("--dataset", help="Which dataset it is; default: told from its folders.")]
+Dataset = Annotated[
+    str | None,
+    typer.Option(
+        "--dataset", help="Which dataset it is; default: told from its folders.", autocompletion=complete.dataset
+    ),
+]
 DataOption = Annotated[list[str] | None, typer.Option("--option", help="Option of the dataset, key=value.")]
 
 
@@ -37,7 +43,12 @@ SIGNS = {
 
 @app.command()
 def fetch(
-    name: Annotated[str, typer.Argument(help="Dataset that is published as an archive, such as ade20k.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="Dataset that is published as an archive, such as ade20k.", autocompletion=complete.dataset
+        ),
+    ],
     root: Annotated[Path, typer.Option("--root", help="Folder for it: the data root afterwards.")],
     accept_terms: Annotated[bool, typer.Option("--accept-terms", help="The terms of the data are accepted.")] = False,
     keep: Annotated[bool, typer.Option("--keep-archive", help="Leave the archive beside the data.")] = False,
@@ -113,7 +124,10 @@ def index(
 @app.command()
 def stats(
     root: Root,
-    scenario: Annotated[str, typer.Option("--scenario", help="Name of a scenario, or path to its TOML.")],
+    scenario: Annotated[
+        str,
+        typer.Option("--scenario", help="Name of a scenario, or path to its TOML.", autocompletion=complete.scenario),
+    ],
     mode: Annotated[
         str | None, typer.Option(help="Mode instead of the scenario's; `all`: every mode, one after the other.")
     ] = None,

@@ -10,11 +10,17 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from cssbench.cli import complete
 from cssbench.errors import ConfigError, ScenarioError
 
 app = typer.Typer(help="Look at scenarios: steps, image sets, labels.", no_args_is_help=True)
 
-Name = Annotated[str, typer.Argument(help="A scenario's name (`cssbench list scenarios`), or a path to its TOML.")]
+Name = Annotated[
+    str,
+    typer.Argument(
+        help="A scenario's name (`cssbench list scenarios`), or a path to its TOML.", autocompletion=complete.scenario
+    ),
+]
 Mode = Annotated[str | None, typer.Option(help="overlapped, disjoint, sequential or partitioned.")]
 Root = Annotated[Path | None, typer.Option("--data", help="Data root.")]
 DataOption = Annotated[list[str] | None, typer.Option("--option", help="Option of the dataset, key=value.")]

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from cssbench.cli import complete
 from cssbench.cli.text import plain
 from cssbench.errors import RunError
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Look at scoring protocols.", no_args_is_help=True)
 
-Folders = Annotated[list[Path], typer.Argument(help="Run folders.")]
+Folders = Annotated[list[Path], typer.Argument(help="Run folders.", autocompletion=complete.run_folder)]
 
 
 def register(main: typer.Typer) -> None:
@@ -29,7 +30,11 @@ def register(main: typer.Typer) -> None:
 
 
 @app.command()
-def show(name: Annotated[str, typer.Argument(help="A protocol of `cssbench list protocols`.")]) -> None:
+def show(
+    name: Annotated[
+        str, typer.Argument(help="A protocol of `cssbench list protocols`.", autocompletion=complete.protocol)
+    ],
+) -> None:
     """Print what a protocol scores, what it ignores, over what it takes the mean, and who uses it."""
     from cssbench import protocol
 
@@ -40,8 +45,11 @@ def show(name: Annotated[str, typer.Argument(help="A protocol of `cssbench list 
 
 
 def rescore(
-    folder: Annotated[Path, typer.Argument(help="Run folder.")],
-    protocol: Annotated[str | None, typer.Option(help="Scoring protocol; default: an overview of all.")] = None,
+    folder: Annotated[Path, typer.Argument(help="Run folder.", autocompletion=complete.run_folder)],
+    protocol: Annotated[
+        str | None,
+        typer.Option(help="Scoring protocol; default: an overview of all.", autocompletion=complete.protocol),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, numbers in [0, 1].")] = False,
 ) -> None:
     """Score a run from its stored confusion matrices: every step and class under one protocol, or all protocols."""
@@ -153,7 +161,10 @@ def _print_overview(run: RunFolder, content: dict[str, Any]) -> None:
 
 def compare(
     runs: Folders,
-    protocol: Annotated[str | None, typer.Option(help="Scoring protocol; default: mmseg150, or plop on VOC.")] = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option(help="Scoring protocol; default: mmseg150, or plop on VOC.", autocompletion=complete.protocol),
+    ] = None,
     allow_mixed: Annotated[
         bool, typer.Option("--allow-mixed", help="Print runs that differ together, the mix in the caption.")
     ] = False,

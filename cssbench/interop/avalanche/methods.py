@@ -279,7 +279,6 @@ class LwF(PluginMethod):
                 f"avalanche:LwF: method.alpha lists {len(alpha)} values, the scenario has {len(ctx.scenario.steps)} "
                 f"steps. Give one number, or one per step."
             )
-        self.strategy = StrategyView(ctx)
 
     def loss(self, ctx: StepContext, batch: Batch) -> dict[str, Tensor]:
         terms = ctx.model.loss(batch.output, batch.labels)
@@ -296,7 +295,6 @@ class LwF(PluginMethod):
 
     def end_step(self, ctx: StepContext) -> None:
         """The plug-in would copy the model, which the loop does."""
-        self.strategy = None
 
     def after_backward(self, ctx: StepContext) -> None:
         """No callback of the plug-in."""
