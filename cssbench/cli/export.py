@@ -39,10 +39,8 @@ def predict(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
 ) -> None:
     """Write coloured masks of images of any size. Exit code 2 where an image could not be read; the others are done."""
-    import torch
-
     from cssbench import export as exported
-    from cssbench.predicting import find_images, predict_images
+    from cssbench.predicting import find_images, place, predict_images
     from cssbench.results import RunFolder
 
     found = find_images(images)
@@ -53,10 +51,7 @@ def predict(
         raise ConfigError(f"--step chooses a step of a run folder; {model} holds the model of one step.")
     else:
         made = exported.from_folder(model)
-    try:
-        made.to(torch.device(device))
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {device!r} cannot be used ({str(error).splitlines()[0]}). Try cpu.") from None
+    place(made, device)
     done = predict_images(made, found, out, rule, overlay)
     for path in done.written:
         typer.echo(path)
