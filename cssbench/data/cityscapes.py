@@ -23,6 +23,7 @@ class Cityscapes(SegDataset):
 
     name = "cityscapes"
     classes, palette = read_classes("cityscapes.csv")
+    archive = "its archives are given to registered users of cityscapes-dataset.com only"
 
     def __init__(self, root: str | Path):
         super().__init__(root)

@@ -31,6 +31,7 @@ class COCOStuff10K(ListedDataset):
     name = "coco-stuff-10k"
     splits = ("train", "test")
     classes, palette = read_classes("coco_stuff_10k.csv")
+    archive = "its archive, cocostuff-10k-v1.1.zip, has no published checksum"
 
     def __init__(self, root: str | Path):
         super().__init__(root)

@@ -28,6 +28,7 @@ class PascalContext(ListedDataset):
 
     name = "pascal-context"
     classes, palette = read_classes("pascal_context.csv")
+    archive = "its images (VOC 2010) and its labels are two archives on two sites, without published checksums"
 
     def __init__(self, root: str | Path):
         super().__init__(root)

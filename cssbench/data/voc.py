@@ -36,6 +36,7 @@ class VOC(ListedDataset):
     name = "voc"
     classes, palette = read_classes("voc.csv")
     background_class = True
+    archive = "VOC 2012 and SBD's annotations are two archives on two sites, without published checksums"
 
     def __init__(self, root: str | Path, train: Train = "auto"):
         if train not in get_args(Train):
