@@ -148,13 +148,15 @@ def _dict(value: Any) -> dict[str, Any]:
 
 
 def _backbone(run: RunFolder, _: Protocol | None) -> dict[str, Any]:
-    """The settings of the backbone, of `layers` the last block alone: which others a decoder reads is its own affair.
+    """The settings of the backbone but `checkpointing`, which saves memory and changes no number; of `layers` the last
+    block alone: which others a decoder reads is its own affair.
     Of a model without such a section, of the whole model."""
     model = run.config.model
     if isinstance(backbone := model.options.get("backbone"), dict):
         layers = backbone.get("layers")
         last = {"last of layers": layers[-1]} if isinstance(layers, list) and layers else {}
-        return dict(_flat("model.backbone", {k: v for k, v in backbone.items() if not (last and k == "layers")} | last))
+        kept = {k: v for k, v in backbone.items() if k != "checkpointing" and not (last and k == "layers")}
+        return dict(_flat("model.backbone", kept | last))
     return dict(_flat("model", {"name": model.name, **model.options}))
 
 

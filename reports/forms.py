@@ -282,7 +282,18 @@ def table(
         for one in scored
         if not one.finished
     ]
-    return assemble(caption, columns, text, kinds, formulas, [*unfinished, *notes], best)
+    return assemble(caption, columns, text, kinds, formulas, [*unfinished, *memory_notes(scored), *notes], best)
+
+
+def memory_notes(scored: Sequence[Scored]) -> list[str]:
+    """Whose method keeps images of finished steps, and how many (`Method.memory`)."""
+    kept = {one.label: one.run.provenance.get("memory") for one in scored}
+    return [
+        f"{label} keeps up to {memory} images of finished steps, against the rule of this benchmark: not to be ranked "
+        f"with methods that keep none."
+        for label, memory in kept.items()
+        if isinstance(memory, int) and memory > 0
+    ]
 
 
 def warning(scored: Sequence[Scored]) -> str:

@@ -12,7 +12,16 @@ from cssbench.reports import frames, lint, literature
 from cssbench.reports.admission import by_comparability, mix
 from cssbench.reports.entries import Entry, entries
 from cssbench.reports.formats import MISSING, Table, percent, plus_minus
-from cssbench.reports.forms import assemble, best_cells, count, kind_of, noise_notes, oracle_notes, warning
+from cssbench.reports.forms import (
+    assemble,
+    best_cells,
+    count,
+    kind_of,
+    memory_notes,
+    noise_notes,
+    oracle_notes,
+    warning,
+)
 from cssbench.reports.lint import Verdict
 from cssbench.reports.literature import Row
 from cssbench.reports.scored import Scored
@@ -90,7 +99,12 @@ def overview_table(scored: Sequence[Scored], orders: int = 1) -> Table:
         for measure in frames.SUMMARY:
             columns[name, measure] = [_cell(line, name, measure, members) for line in lines]
     found = [entry for line in lines for entry in line.ours.values()]
-    notes = [f"{BELOW}.", *oracle_notes(found, scored), *noise_notes(found, None if mixed else bool(best))]
+    notes = [
+        f"{BELOW}.",
+        *memory_notes(scored),
+        *oracle_notes(found, scored),
+        *noise_notes(found, None if mixed else bool(best)),
+    ]
     notes += [PRINTED, _sources(published)] if published else []
     over = f", mean over {orders} class orders" if orders > 1 else ""
     caption = (

@@ -131,6 +131,17 @@ def test_no_lead_within_the_noise_is_bold(tmp_path):
 # Thesis Table 4.12, measures, classes --------------------------------------------------------------------------------
 
 
+def test_who_keeps_old_images_is_said_below_every_table(tmp_path):
+    data = {"data": {"name": "toy"}}
+    keeps = learner(tmp_path / "keeps", provenance=data | {"memory": 40})
+    made = score(keeps, learner(tmp_path / "none", provenance=data | {"memory": 0}))
+    for table in (forms.summary_table(made), forms.per_class_table(made)):
+        assert [note for note in table.notes if "images of finished steps" in note] == [
+            "keeps keeps up to 40 images of finished steps, against the rule of this benchmark: not to be ranked with "
+            "methods that keep none."
+        ]
+
+
 def test_first_and_last_time_of_each_group(runs):
     table = forms.first_last_table(score(*runs))
     names, *rows = grid(formats.markdown(table))
