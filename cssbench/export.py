@@ -18,13 +18,14 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
+import torch
 from pydantic import BaseModel
 
 import cssbench
 from cssbench import bundle, checkpoint, config, model_card, provenance
 from cssbench.config import Section
 from cssbench.contract import build_model, model_class
-from cssbench.errors import ModelError, RunError
+from cssbench.errors import ConfigError, ModelError, RunError
 from cssbench.models.segmenter import count_parameters
 from cssbench.portable import Options, Portable, assemble, steps_of
 from cssbench.results import RunFolder, read_json, write_bytes, write_json
@@ -132,6 +133,14 @@ def from_folder(folder: Path) -> Portable:
         return _built(about, folder / WEIGHTS)
     except (KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{folder / ABOUT} is damaged ({error!r}). Export the run again.") from None
+
+
+def move(model: Portable, device: str) -> None:
+    """Raises ConfigError when there is no such device."""
+    try:
+        model.to(torch.device(device))
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {device!r} cannot be used ({str(error).splitlines()[0]}). Try cpu.") from None
 
 
 def _built(about: dict[str, Any], weights: Path) -> Portable:

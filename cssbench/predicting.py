@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from cssbench.data.base import IMAGE_SUFFIXES, UNREADABLE
 from cssbench.data.picture import BACKGROUND_COLOUR, draw_legend
-from cssbench.errors import ConfigError, DataError
+from cssbench.errors import DataError
 from cssbench.portable import Portable
 from cssbench.results import atomic_path
 
@@ -57,14 +57,6 @@ def read_image(path: Path) -> np.ndarray:
     except UNREADABLE as error:
         missing = isinstance(error, FileNotFoundError)
         raise DataError("there is no such file" if missing else f"it cannot be read: {error}") from None
-
-
-def place(model: Portable, device: str) -> None:
-    """Move a model to a device. Raises ConfigError where there is no such device."""
-    try:
-        model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {device!r} cannot be used ({str(error).splitlines()[0]}). Try cpu.") from None
 
 
 def predict_images(

@@ -40,7 +40,7 @@ def predict(
 ) -> None:
     """Write coloured masks of images of any size. Exit code 2 where an image could not be read; the others are done."""
     from cssbench import export as exported
-    from cssbench.predicting import find_images, place, predict_images
+    from cssbench.predicting import find_images, predict_images
     from cssbench.results import RunFolder
 
     found = find_images(images)
@@ -51,7 +51,7 @@ def predict(
         raise ConfigError(f"--step chooses a step of a run folder; {model} holds the model of one step.")
     else:
         made = exported.from_folder(model)
-    place(made, device)
+    exported.move(made, device)
     done = predict_images(made, found, out, rule, overlay)
     for path in done.written:
         typer.echo(path)

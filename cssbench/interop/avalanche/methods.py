@@ -180,7 +180,7 @@ class EWC(PluginMethod):
         """mode "separate": weights and importances of every step are kept, each with its own penalty; "online": one
         penalty, old importances times `decay_factor`. Avalanche has no default of `ewc_lambda`; ours is a guess."""
 
-        ewc_lambda: float = Field(100.0, ge=0)
+        ewc_lambda: float = Field(1e4, ge=0)
         mode: str = Field("separate", pattern="^(separate|online)$")
         decay_factor: float | None = Field(None, ge=0, le=1, description="online only")
         keep_importance_data: bool = False

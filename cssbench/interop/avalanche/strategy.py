@@ -20,7 +20,7 @@ from cssbench.interop.avalanche.benchmark import StepExperience
 from cssbench.interop.avalanche.model import LogitsModel, OwnLoss, as_logits
 from cssbench.models.segmenter import SegOutput, freeze_copy
 from cssbench.scenario import Step
-from cssbench.trainer import make_optimizer, rate_at, use_fused
+from cssbench.trainer import make_optimizer, pass_seed, rate_at, use_fused
 
 
 class CSSStrategy(SupervisedTemplate):
@@ -133,6 +133,7 @@ class CSSStrategy(SupervisedTemplate):
             self._before_training_iteration(**kwargs)
             self.loss = self._make_empty_loss()
             self._before_forward(**kwargs)
+            torch.manual_seed(pass_seed(derive_seed(self.seed, "passes", self.step.index), number))
             self.mb_output = self.forward()
             self._after_forward(**kwargs)
             self.loss += self.criterion()
