@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all check bench clean
+.PHONY: demo test test-all check docs bench clean
 
 demo: $(READY)  ## a small benchmark on generated data, on the CPU, with its HTML report
 	$(BIN)/cssbench demo --out demo
@@ -21,6 +21,10 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy examples/cssbench-example-method/cssbench_example_method
+
+docs: $(READY)  ## the site: build/site/index.html; a warning is an error
+	$(BIN)/python -m sphinx -q -n -W --keep-going -b html docs build/site
+	@echo "build/site/index.html"
 
 bench: $(READY)  ## all speed measurements: bench/results/<hardware>.csv and docs/speed.md; DEVICE=cuda on a GPU
 	$(BIN)/python bench/all.py --device $(or $(DEVICE),cpu)

@@ -54,7 +54,7 @@ def differences(runs: Sequence[RunFolder], protocol: Protocol | None = None) -> 
     found = []
     for run in runs:
         if protocol is not None and not scoring.can_score(run, protocol):
-            lacks = "an imported log supports another" if scoring.is_imported(run) else f"{protocol.key} was not kept"
+            lacks = scoring.why_not(run, protocol) or "no step is finished"
             found.append(f"protocol: {protocol.id} cannot score {run.path} ({lacks})")
         if run is not first:
             found += _between(first, run, protocol)

@@ -18,6 +18,19 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+NAMED = (
+    "method",
+    "model",
+    "preset",
+    "dataset",
+    "scenario",
+    "recipe",
+    "suite",
+    "protocol",
+    "report",
+)  # kinds of `cssbench list`
+LISTED = 20  # names that an error prints; of more it says where they are listed
+
 
 class CssbenchError(Exception):
     """Base of every error that a user can cause and mend. Exit code 2."""
@@ -63,7 +76,8 @@ class UnknownNameError(CssbenchError):
         known = sorted(known)
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
-        super().__init__(
-            f"There is no {kind} named {name!r}. {hint}Known: {', '.join(known) or 'none'}. {remark}".rstrip()
-        )
+        listed = f"Known: {', '.join(known) or 'none'}."
+        if len(known) > LISTED and kind.split()[0] in NAMED:
+            listed = f"`cssbench list {kind.split()[0]}s` shows all {len(known)}."
+        super().__init__(f"There is no {kind} named {name!r}. {hint}{listed} {remark}".rstrip())
         self.kind, self.name, self.near = kind, name, near

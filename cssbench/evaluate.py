@@ -128,7 +128,7 @@ def evaluate(
     forward: Forward | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """(matrices, samples): int64 (K+1, K+1) arrays as `results.StepRecord.matrices` names them, and the predicted class
-    ids (h, w) of the images in `keep` (geometry `data.sampled`, rule `foreground`).
+    ids (h, w) of the images in `keep` (geometry `data.sampled`, rule `foreground`; `all` where background is a class).
 
     forward: runs in the model's place, with the same result (`frozen.RememberingModel`).
     alone[t]: the images evaluated at the earlier step t; over these, matrices `upto<t>` count what the outputs of steps
@@ -155,7 +155,8 @@ def evaluate(
                 for rule, found in ids[upto].items():
                     totals[f"{view.geometry}.{rule}{part}"] += counts(found)
             if stem in keep and view.geometry == data.sampled:
-                samples[stem] = ids[step.index]["foreground"].cpu().numpy().astype(np.uint8)
+                rule = "all" if data.source.background_class else "foreground"
+                samples[stem] = ids[step.index][rule].cpu().numpy().astype(np.uint8)
         on_image()
     model.train(was_training)
     summed = {key: fabric.all_reduce(total, reduce_op="sum").cpu().numpy() for key, total in totals.items()}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,19 +38,23 @@ from cssbench.scenario import Scenario, Step, stems_digest
 @contextmanager
 def sole_writer(made: Experiment) -> Iterator[None]:
     """Inside, no other process trains or evaluates into the run folder. Raises RunError where one does. All processes
-    of a distributed run call it."""
-    lock = FileLock(made.folder.path / ".lock")
-    first = made.fabric.is_global_zero
+    of a distributed run call it. A folder in which nothing was written is gone afterwards."""
+    lock, folder = FileLock(made.folder.path / ".lock"), made.folder.path
+    first, held = made.fabric.is_global_zero, False
     try:
-        if not made.fabric.broadcast(lock.acquire() if first else None):
+        held = made.fabric.broadcast(lock.acquire() if first else False)
+        if not held:
             raise RunError(
-                f"{made.folder.path} is in use: {lock.holder} works in it. Wait until it ends, or stop it; then "
-                f"`cssbench resume {made.folder.path}` goes on."
+                f"{folder} is in use: {lock.holder} works in it. Wait until it ends, or stop it; then "
+                f"`cssbench resume {folder}` goes on."
             )
         if first:
             lock.sign()
         yield
     finally:
+        with suppress(OSError):
+            if first and held and os.listdir(folder) == [lock.path.name]:
+                shutil.rmtree(folder)
         lock.release()
 
 
@@ -140,6 +146,7 @@ class Experiment:
             "classes": list(self.data.classes),
             "palette": self.data.palette.tolist(),
             "steps": [{"new": list(s.new), "images": len(i), "sha256": stems_digest(i)} for s, i in steps],
+            **({"background_class": True} if self.data.background_class else {}),
         }
 
     def describe_data(self) -> dict[str, Any]:
@@ -244,11 +251,16 @@ def _holdout_steps(scene: Scenario, held: PresenceIndex) -> list[list[str]]:
 
 
 def check_classes(scene: Scenario, data: SegDataset) -> None:
-    """Raises ConfigError when scenario and dataset do not have the same number of classes."""
+    """Raises ConfigError when scenario and dataset do not have the same number of classes, or mean another label 0."""
     if scene.num_classes != data.num_classes:
         raise ConfigError(
             f"Scenario {scene.name!r} has {scene.num_classes} classes, dataset {data.name!r} at {data.root} has "
             f"{data.num_classes}. Use the scenario of that dataset, or set data.options."
+        )
+    if scene.void == "ignore" and data.background_class:
+        raise ConfigError(
+            f"Scenario {scene.name!r} ignores void in training, but label 0 of dataset {data.name!r} is background, a "
+            f'class of its own. Leave `void` at "background".'
         )
 
 

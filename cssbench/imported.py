@@ -164,7 +164,8 @@ def _recipe(log: Log, chosen: ScenarioChoice, method: str, model: str) -> RunCon
 
 def _describe(scenario: Scenario) -> dict[str, object]:
     """scenario.json, with class names where the data set knows them without its images."""
-    names = getattr(registry.load("datasets", scenario.dataset), "classes", ())
+    dataset = registry.load("datasets", scenario.dataset)
+    names = getattr(dataset, "classes", ())
     return {
         "name": scenario.name,
         "dataset": scenario.dataset,
@@ -173,6 +174,7 @@ def _describe(scenario: Scenario) -> dict[str, object]:
         "description": scenario.description,
         "classes": list(names) if len(names) == scenario.num_classes else [],
         "steps": [{"new": list(step.new)} for step in scenario.steps],
+        **({"background_class": True} if getattr(dataset, "background_class", False) else {}),
     }
 
 

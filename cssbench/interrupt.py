@@ -45,10 +45,13 @@ class Signals:
 
 @contextmanager
 def listening() -> Iterator[Signals]:
-    """Handles `STOPPING` inside, where this is the main thread; elsewhere nothing is ever received."""
+    """Handles `STOPPING` inside, where this is the main thread; elsewhere nothing is ever received. A signal that is
+    ignored, as SIGINT is by what a shell script starts in the background, stays so."""
     found, before = Signals(), {}
     try:
         for number in STOPPING:
+            if signal.getsignal(number) is signal.SIG_IGN:
+                continue
             before[number] = signal.signal(number, found.handle)
     except ValueError:  # not the main thread
         pass

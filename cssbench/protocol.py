@@ -24,9 +24,10 @@ class Protocol:
 
     geometry: `full` images, or the centre `crop` (see `cssbench.evaluate`).
     rule: `all`, argmax over all outputs, background included (`BACKGROUND_RULE` for a model without that output);
-        `foreground`, argmax over the classes alone.
+        `foreground`, argmax over the classes alone. Only `all` can score a dataset whose raw 0 is background, a class.
     void: pixels whose truth is void (raw 0): `ignore` leaves them out; `background` scores them as class 0;
-        `false-positive` counts them against the class predicted there, but class 0 gets no truth from them.
+        `false-positive` counts them against the class predicted there, but class 0 gets no truth from them. Where raw
+        0 is background, a class of the dataset, nothing is void: those pixels are truth of class 0.
     future: pixels whose truth is a class not yet learned: `ignore`, or `background` scores them as class 0.
     background: the means that class 0 stands in: `none`; `all`, the mean of all classes only; `base`, that and base.
     absent: a class without a ground-truth pixel is left out of every mean (`drop`), or counts as IoU 0 (`zero`).
@@ -58,15 +59,21 @@ class Protocol:
         """Which matrix of a step it reads."""
         return f"{self.geometry}.{self.rule}"
 
+    def can_score(self, background_class: bool) -> bool:
+        """Whether it means anything on a dataset whose raw 0 is background, a class: an argmax over the other classes
+        alone never predicts that one."""
+        return self.rule == "all" or not background_class
+
     @property
     def background_in_mean(self) -> bool:
         """Whether class 0 has an IoU that stands in any mean."""
         return self.background != "none"
 
-    def ious(self, matrix: np.ndarray, seen: Sequence[int]) -> dict[int, float]:
+    def ious(self, matrix: np.ndarray, seen: Sequence[int], background_class: bool = False) -> dict[int, float]:
         """IoU = TP / (GT + PRED - TP) of each scored class id in [0, 1], from one matrix of the whole set.
 
-        matrix: (K+1, K+1) int64, raw class id x predicted class id. Returns seen classes (and 0 where
+        matrix: (K+1, K+1) int64, raw class id x predicted class id. background_class: raw 0 is background, a class of
+        the dataset, and not void. Returns seen classes (and 0 where
         `background_in_mean`), without those that `absent` drops. A class predicted as background is a miss.
         """
         matrix = np.asarray(matrix)
@@ -78,23 +85,26 @@ class Protocol:
         future = np.setdiff1d(np.arange(1, len(matrix)), seen)
         rows = np.zeros_like(matrix)
         rows[seen] = matrix[seen]
-        if self.void == "background":
+        if self.void == "background" or background_class:
             rows[0] += matrix[0]
         if self.future == "background":
             rows[0] += matrix[future].sum(axis=0)
         truth, predicted, hits = rows.sum(axis=1), rows.sum(axis=0), rows.diagonal()
-        if self.void == "false-positive":
+        if self.void == "false-positive" and not background_class:
             predicted = predicted + matrix[0]
         scored = ([0] if self.background_in_mean else []) + seen
         found = {c: float(hits[c] / (truth[c] + predicted[c] - hits[c])) for c in scored if truth[c] > 0}
         return {c: found.get(c, 0.0) for c in scored} if self.absent == "zero" else found
 
-    def scores(self, matrix: np.ndarray, groups: Sequence[Sequence[int]], step: int) -> dict[str, float | None]:
+    def scores(
+        self, matrix: np.ndarray, groups: Sequence[Sequence[int]], step: int, background_class: bool = False
+    ) -> dict[str, float | None]:
         """Means in [0, 1] after step `step`: `base`, `incremental`, `all`, and `group<t>` for every step so far.
 
         A group without any scored class is None. `base` and `group0` hold the background where `background` says so.
         """
-        return self.means(self.ious(matrix, [c for group in groups[: step + 1] for c in group]), groups, step)
+        seen = [c for group in groups[: step + 1] for c in group]
+        return self.means(self.ious(matrix, seen, background_class), groups, step)
 
     def means(self, iou: Mapping[int, float], groups: Sequence[Sequence[int]], step: int) -> dict[str, float | None]:
         """As `scores`, from the IoU of each scored class."""

@@ -215,7 +215,13 @@ class RunFolder:
         try:
             content = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
         except OSError:
-            raise RunError(f"{path} is not a run folder: it has no config.toml. `cssbench run` makes one.") from None
+            below = sorted(file.parent.name for file in path.glob("*/config.toml"))
+            inside = (
+                f" Below it lie {', '.join(below[:8])}{', ...' if len(below) > 8 else ''}: name one." if below else ""
+            )
+            raise RunError(
+                f"{path} is not a run folder: it has no config.toml.{inside or ' `cssbench run` makes one.'}"
+            ) from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise RunError(f"{path / 'config.toml'} is damaged ({fault(error)}).") from None
         provenance, scenario = read_json(path / "provenance.json"), read_json(path / "scenario.json")

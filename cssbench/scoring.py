@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from cssbench.errors import RunError
-from cssbench.protocol import Protocol
+from cssbench.protocol import DEFAULTS, Protocol, get
 from cssbench.results import RunFolder, StepRecord
 
 Groups = Sequence[Sequence[int]]
@@ -26,12 +26,31 @@ def is_imported(run: RunFolder) -> bool:
     return "imported" in run.provenance
 
 
+def has_background_class(run: RunFolder) -> bool:
+    """Whether raw label 0 of the run's dataset is background, a class that is scored, and not void."""
+    return bool(run.scenario.get("background_class", False))
+
+
 def can_score(run: RunFolder, protocol: Protocol) -> bool:
-    """Whether every finished step of `run` (at least one) holds what `protocol` reads. Damaged files raise RunError."""
+    """Whether `why_not` has nothing to say and a step is finished. Damaged files raise RunError."""
+    return bool(run.records()) and why_not(run, protocol) is None
+
+
+def why_not(run: RunFolder, protocol: Protocol) -> str | None:
+    """Why `protocol` cannot score `run`, in a clause; None where every finished step holds what it reads."""
     records = run.records()
     if is_imported(run):
-        return bool(records) and all(imported_ious(record)[0] == protocol.id for record in records)
-    return bool(records) and all(protocol.key in record.matrices for record in records)
+        differs = any(imported_ious(record)[0] != protocol.id for record in records)
+        return "an imported log supports another" if differs else None
+    if not protocol.can_score(has_background_class(run)):
+        return f"background, which that protocol never predicts, is a class of {run.scenario['dataset']}"
+    return None if all(protocol.key in record.matrices for record in records) else f"it did not keep {protocol.key}"
+
+
+def default_protocol(runs: Sequence[RunFolder]) -> Protocol:
+    """The first of the suite's default protocols that fits the data: another where background is a class of it."""
+    background_class = any(has_background_class(run) for run in runs)
+    return next(protocol for protocol in map(get, DEFAULTS) if protocol.can_score(background_class))
 
 
 def step_ious(run: RunFolder, record: StepRecord, protocol: Protocol, groups: Groups | None = None) -> dict[int, float]:
@@ -43,7 +62,13 @@ def step_ious(run: RunFolder, record: StepRecord, protocol: Protocol, groups: Gr
     groups = run.groups if groups is None else groups
     seen = [c for group in groups[: _reached(run, record, groups) + 1] for c in group]
     if not is_imported(run):
-        return protocol.ious(matrix(record, protocol), seen)
+        background_class = has_background_class(run)
+        if not protocol.can_score(background_class):
+            raise RunError(
+                f"{protocol.id} cannot score {run.path}: {why_not(run, protocol)}. Choose a protocol whose argmax is "
+                f"over all outputs, such as --protocol plop@1."
+            )
+        return protocol.ious(matrix(record, protocol), seen, background_class)
     supported, ious = imported_ious(record)
     if supported != protocol.id:
         raise RunError(
@@ -71,7 +96,8 @@ def alone_scores(run: RunFolder, record: StepRecord, protocol: Protocol) -> list
     for group in range(record.index):
         there = {} if is_imported(run) else record.matrices
         one = there.get(f"{protocol.key}.upto{group}")
-        found.append(None if one is None else protocol.scores(one, run.groups, group)[f"group{group}"])
+        scored = None if one is None else protocol.scores(one, run.groups, group, has_background_class(run))
+        found.append(None if scored is None else scored[f"group{group}"])
     return found
 
 

@@ -270,10 +270,10 @@ def default_scores(made: Experiment, step: Step, matrices: dict[str, np.ndarray]
 
 def summary_line(made: Experiment, step: Step, matrices: dict[str, np.ndarray]) -> str:
     """mIoU of base and all classes so far, under each default protocol whose matrix is there."""
-    parts = []
+    parts, background_class = [], made.data.background_class
     for protocol in map(get, DEFAULTS):
-        if protocol.key in matrices:
-            score = protocol.scores(matrices[protocol.key], made.scenario.groups, step.index)
+        if protocol.key in matrices and protocol.can_score(background_class):
+            score = protocol.scores(matrices[protocol.key], made.scenario.groups, step.index, background_class)
             shown = ", ".join(f"{k} {100 * v:.2f}" for k in ("base", "all") if (v := score[k]) is not None)
             parts.append(f"{shown} % ({protocol.id})")
     return "; ".join(parts)

@@ -33,6 +33,11 @@ if TYPE_CHECKING:
 SPREAD = 0x9E3779B97F4A7C15  # odd, so that no two passes have the same seed
 
 
+def pass_seed(seed: int, number: int) -> int:
+    """What is drawn in a forward pass is drawn with this, by its number in the step over all processes."""
+    return (seed + number * SPREAD) % 2**63
+
+
 def use_fused(optim: OptimConfig, train: TrainConfig) -> bool:
     """`optim.fused`, decided. Raises ConfigError where it is asked for with clipping in float16: a fused step takes the
     loss scale out by itself, too late to clip."""
@@ -185,7 +190,7 @@ def _fit(
             with fabric.no_backward_sync(module, enabled=accumulates and micro < train.accumulate - 1):
                 loaded = next(stream)
                 turn = (iteration * train.accumulate + micro) * fabric.world_size + fabric.global_rank
-                torch.manual_seed((seed + turn * SPREAD) % 2**63)
+                torch.manual_seed(pass_seed(seed, turn))
                 found = forward(fabric, module, loaded, train)
                 total = torch.stack(list(found.values())).sum() / train.accumulate
                 checks.append(FiniteCheck(total, found, loaded["names"]))

@@ -99,8 +99,8 @@ def _why(one: Scored, reference: Protocol, protocol: Protocol) -> str:
         before = scoring.step_scores(one.run, record, reference, groups)["all"]
     for rule, words in WORDS.items():
         value = getattr(protocol, rule)
-        if getattr(current, rule) == value:
-            continue
+        if getattr(current, rule) == value or (rule == "void" and scoring.has_background_class(one.run)):
+            continue  # the second: nothing is void there
         current = replace(current, **{rule: value})
         after = None
         if not one.imported and current.key in record.matrices:

@@ -11,6 +11,7 @@ import jinja2
 
 import cssbench
 from cssbench import protocol as protocols
+from cssbench import scoring
 from cssbench.protocol import Protocol
 from cssbench.reports import conventions, figures, forms, origins, tables
 from cssbench.reports.admission import mix, score_all
@@ -94,7 +95,7 @@ def write(
         notices=list(notices),
         overviews=_overviews(scored),
         chapters=chapters,
-        unscored=_unscored(scored, list(names.values())),
+        unscored=_unscored(scored, {names[run.path]: run for run in runs}),
         origins=known,
         step_headings=origins.STEP_HEADINGS,
         verdicts=verdict_legend(),
@@ -191,11 +192,15 @@ def _against(known: Sequence[Origin]) -> list[tuple[str, list[str]]]:
     return list(found.items())
 
 
-def _unscored(scored: dict[str, list[Scored]], names: Sequence[str]) -> list[str]:
-    """One sentence for each protocol under which some run has no matrix."""
+def _unscored(scored: dict[str, list[Scored]], runs: dict[str, RunFolder]) -> list[str]:
+    """One sentence for each protocol that cannot score some run, and why."""
     sentences = []
     for name, ones in scored.items():
-        left_out = [label for label in names if label not in {one.label for one in ones}]
-        if left_out:
-            sentences.append(f"Not scored under {name}, whose matrices they did not keep: {', '.join(left_out)}.")
+        reasons: dict[str, list[str]] = {}
+        for label in sorted(runs.keys() - {one.label for one in ones}):
+            reason = scoring.why_not(runs[label], protocols.get(name)) or "no step is finished"
+            reasons.setdefault(reason, []).append(label)
+        if reasons:
+            why = "; ".join(f"{', '.join(labels)} ({reason})" for reason, labels in reasons.items())
+            sentences.append(f"Not scored under {name}: {why}.")
     return sentences

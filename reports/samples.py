@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from cssbench import scoring
 from cssbench.errors import RunError
 from cssbench.reports.scored import Scored, sample_files
 
@@ -105,17 +106,19 @@ def _row(one: Scored, truth: np.ndarray, predictions: dict[int, np.ndarray], dep
     for step, predicted in predictions.items():
         reached = len(groups) - 1 if one.oracle else step
         seen = [c for group in groups[: reached + 1] for c in group]
-        found = verdicts(truth, predicted, seen, before)
+        background = [0] if scoring.has_background_class(one.run) else []
+        found = verdicts(truth, predicted, background + seen, before)
         before |= found == RIGHT
         panels[reached], errors[reached], deep[reached] = predicted, found, depths.get(step)
     return Row(one.shown_as, one.oracle, tuple(panels), tuple(errors), tuple(deep))
 
 
 def verdicts(truth: np.ndarray, predicted: np.ndarray, seen: Sequence[int], before: np.ndarray) -> np.ndarray:
-    """(h, w) uint8 indices of `VERDICTS`. truth, predicted: class ids; before: where an earlier one was right."""
+    """(h, w) uint8 indices of `VERDICTS`. truth, predicted: class ids; before: where an earlier one was right; seen: 0
+    among them where it is background, a class, and not void."""
     found = np.where(truth == predicted, RIGHT, np.where(before, FORGOTTEN, WRONG)).astype(np.uint8)
     found[~np.isin(truth, seen)] = FUTURE
-    found[(truth == 0) | (truth == 255)] = VOID
+    found[(truth == 255) | ((truth == 0) & (0 not in seen))] = VOID
     return found
 
 
@@ -149,7 +152,7 @@ def _colours(one: Scored) -> np.ndarray:
 
 def _legend(one: Scored, colours: np.ndarray, ids: Iterable[int]) -> tuple[Swatch, ...]:
     taught = {c: t for t, group in enumerate(one.setting.groups) for c in group}
-    names = one.classes | {0: "void / background"}
+    names = one.classes | {0: "background" if scoring.has_background_class(one.run) else "void / background"}
     known = sorted((c for c in ids if c in names), key=lambda c: (taught.get(c, -1), c))
     return tuple(Swatch(names[c], _hex(colours[c]), taught.get(c)) for c in known)
 

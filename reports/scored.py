@@ -26,7 +26,8 @@ Scores = dict[str, float | None]
 
 @dataclass(frozen=True)
 class Setting:
-    """All that two runs must share for one table. `data` names files and evaluated images by their fingerprints."""
+    """All that two runs must share for one table. `data` names files and evaluated images by their fingerprints; `void`
+    is "class" where label 0 is background, a class of the dataset."""
 
     dataset: str
     scenario: str
@@ -46,7 +47,7 @@ class Setting:
             str(scene["dataset"]),
             str(scene["name"]),
             str(scene["mode"]),
-            str(scene.get("void", "background")),
+            "class" if scoring.has_background_class(run) else str(scene.get("void", "background")),
             run.config.evaluate.split,
             data,
             tuple(tuple(group) for group in run.groups),
@@ -70,7 +71,7 @@ class Setting:
         """What scenarios of one data set share, in words."""
         parts = [
             "native class order" if list(self.order) == sorted(self.order) else f"class order {_digest(self.order)}",
-            f"unlabelled pixels trained as {self.void}" if self.void == "background" else "unlabelled pixels ignored",
+            UNLABELLED[self.void],
             f"evaluated on {self.split}",
             *([f"data {_digest(self.data)}"] if self.data != UNKNOWN else []),
         ]
@@ -96,6 +97,11 @@ class Setting:
         )
 
 
+UNLABELLED = {
+    "background": "unlabelled pixels trained as background",
+    "ignore": "unlabelled pixels ignored",
+    "class": "background is a class",
+}
 UNKNOWN = json.dumps([None, None])  # `Setting.data` of a run that recorded none
 
 

@@ -49,6 +49,7 @@ CASES = (
     # the line itself
     Case("unknown command", "rum", "No such command 'rum'"),
     Case("unknown option", "list methods --colour", "No such option: --colour"),
+    Case("unknown option of doctor", "doctor --jsn", "No such option"),
     Case("missing argument", "status", "Missing argument"),
     Case("missing option", f"run {RECIPE}", "Missing option '--out'"),
     # run

@@ -97,7 +97,7 @@ def test_only_the_inference_that_the_protocol_reads_matters(tmp_path):
 def test_a_protocol_that_one_run_does_not_support(tmp_path):
     runs = [fabricate(tmp_path / "A"), fabricate(tmp_path / "B", geometries=["full"])]
     assert compare.differences(runs, MMSEG) == []
-    assert compare.differences(runs, MIB) == [f"protocol: mib@1 cannot score {tmp_path}/B (crop.all was not kept)"]
+    assert compare.differences(runs, MIB) == [f"protocol: mib@1 cannot score {tmp_path}/B (it did not keep crop.all)"]
     rows, _ = compare.table(runs, MIB, allow_mixed=True)
     assert rows[1].scores == dict.fromkeys(("base", "incremental", "all", "avg"))
 

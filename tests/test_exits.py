@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from cssbench.config import PartChoice, part_config
 from cssbench.errors import ConfigError
 from cssbench.models.backbone import Backbone, BackboneConfig
-from cssbench.models.exits import ExitOptions, Survivors, leaving, rank_within, with_averages
+from cssbench.models.exits import ExitOptions, Survivors, leaving, rank_within, threshold, with_averages
 from cssbench.models.packed import Packed
 
 VIT = {"name": "vit_tiny_patch16_224", "image_size": 32, "patch": 8, "width": 32, "depth": 2, "heads": 2}
@@ -205,6 +205,6 @@ def test_bad_options_name_what_is_allowed(options: dict, told: str):
 
 
 def test_threshold_of_each_mode():
-    assert ExitOptions().threshold(True) == ExitOptions().threshold(False) == 0.95
+    assert threshold(ExitOptions(), True) == threshold(ExitOptions(), False) == 0.95
     direct = ExitOptions(p0=0.9, train_p0=1.0)
-    assert (direct.threshold(True), direct.threshold(False)) == (1.0, 0.9)
+    assert (threshold(direct, True), threshold(direct, False)) == (1.0, 0.9)

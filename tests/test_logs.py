@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +179,11 @@ def test_wandb_goes_on_in_the_same_run(recipe: dict[str, Any], tmp_path: Path, m
     identity = (store / "wandb-run").read_text()
     assert len(files) == 2
     assert {file.stem for file in files} == {f"run-{identity}"}
-    rows = [row for file in files for row in read_wandb(file)]
+    for _ in range(300):  # its own process writes, and may do so after `finish` has returned
+        rows = [row for file in files for row in read_wandb(file)]
+        if sum(any(key.startswith("samples/") for key in row) for row in rows) == 4:
+            break
+        time.sleep(0.1)
     assert [row["iteration"] for row in rows if "train/ce" in row] == [0, 1, 2, 3]
     last = next(row for row in reversed(rows) if any(key.startswith("mIoU/") for key in row))
     assert last["step"] == 1

@@ -192,7 +192,7 @@ def test_the_header_says_how_to_run_and_where_it_is_from(name: str):
     named = re.findall(r"cssbench run (\S+).*? --out runs/(\S+)", fields["Command"])
     assert set(named) == {(name, name)}
     assert fields["Source"]
-    for other in re.findall(r"\b(?:camvid|synthetic|demo|ade20k)-[a-z0-9-]+", " ".join(fields.values())):
+    for other in re.findall(r"\b(?:camvid|synthetic|demo|ade20k|voc)-[a-z0-9-]+", " ".join(fields.values())):
         assert other in {*NAMES, *scenario.names()}, "it names a recipe or scenario that there is"
 
 
@@ -289,6 +289,27 @@ def test_ade20k_recipes_hold_the_public_figures(name: str):
     options = found.method.options
     assert {key: options[key] for key in OPTIONS[method]} == OPTIONS[method]
     assert found.model.name == model
+
+
+VOC = {"finetune": {}, "joint": {}, "mib": {"weight": 100}, "plop": {"pod_factor": 0.01, "pod_output_factor": 0.0005}}
+
+
+def test_the_voc_recipes_are_these():
+    assert {name for name in NAMES if name.startswith("voc-")} == {f"voc-{method}-deeplabv3" for method in VOC}
+
+
+@pytest.mark.parametrize("method", VOC)
+def test_voc_recipes_hold_the_public_figures(method: str):
+    """Those of ADE20K, but 30 epochs, the augmented list and PLOP's factors for VOC."""
+    found = resolved(f"voc-{method}-deeplabv3")
+    for section, values in RESNET.items():
+        wanted = values | ({"epochs": 30} if section == "train" else {})
+        assert {key: getattr(getattr(found, section), key) for key in wanted} == wanted
+    assert found.scenario.name == ("voc-joint" if method == "joint" else "voc-15-1")
+    assert found.method.name == ("finetune" if method == "joint" else method)
+    options = OPTIONS[method] | VOC[method]
+    assert {key: found.method.options[key] for key in options} == options
+    assert (found.model.name, found.data.options) == ("deeplabv3", {"train": "trainaug"})
 
 
 @pytest.mark.parametrize("name", ADE)

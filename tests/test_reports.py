@@ -204,7 +204,7 @@ def test_missing_geometry_is_said_or_refused(tmp_path):
     runs = [learner(tmp_path / "both"), learner(tmp_path / "full", keys=("full.foreground",))]
     written = page.write(runs, tmp_path / "out", IDS)
     text = Reader(written[0].read_text(encoding="utf-8")).text
-    assert "Not scored under plop@1, whose matrices they did not keep: full." in text
+    assert "Not scored under plop@1: full (it did not keep crop.all)." in text
     with pytest.raises(RunError, match=r"plop@1 reads crop\.all"):
         tables.write(runs[1:], tmp_path / "out", ["plop@1"])
 

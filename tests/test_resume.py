@@ -34,6 +34,7 @@ from cssbench.step_checkpoint import StepCheckpoints
 from cssbench.task_loop import run
 from cssbench.trainer import rng_state, set_rng_state
 
+pytestmark = pytest.mark.usefixtures("_interruptible")
 ITERATIONS = (5, 3)
 BASE = ("train.iterations=[5, 3]", "checkpoint.iterations=2", "train.log_every=1")
 Act = Callable[[], None]

@@ -125,7 +125,7 @@ def test_rescore_without_a_protocol_shows_all_that_the_run_supports(tmp_path, co
     _, out, _ = command("rescore", fabricate(tmp_path / "a").path)
     assert all(name in out for name in protocol.protocols())
     _, out, _ = command("rescore", fabricate(tmp_path / "b", geometries=["full"]).path)
-    assert "plop@1 cannot be scored: the run did not keep crop.all." in out
+    assert "plop@1 cannot score it: it did not keep crop.all." in out
     code, out, _ = command("rescore", fabricate_imported(tmp_path / "log", LOG).path, "--json")
     scored = {name for name, means in json.loads(out)["protocols"].items() if means}
     assert (code, scored) == (0, {"plop@1"})

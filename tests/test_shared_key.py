@@ -67,6 +67,7 @@ ALONE = [
     "augment.max_category_share=0.9", "augment.flip=0.0", "augment.photometric=true", "train.batch_size=8",
     "train.accumulate=2", "train.precision=bf16-mixed", "train.iterations=[5, 3]",
     "train.compile=true", "train.channels_last=true", "train.teacher_precision=bf16", "optim.fused=true",
+    "train.strategy=ddp", "train.mask_count=processes", "train.sync_batchnorm=true",
 ]  # fmt: skip
 SEVERAL = {
     "seed=1": {"seed", "model.initial"},

@@ -23,6 +23,8 @@ from cssbench.suites.attempt import ALL, Attempt
 from cssbench.suites.folder import Entry, SuiteFolder
 from cssbench.suites.launch import Options
 
+pytestmark = pytest.mark.usefixtures("_interruptible")
+
 
 @pytest.fixture(autouse=True)
 def _scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:

@@ -20,7 +20,20 @@ from rich.markup import escape
 
 import cssbench
 from cssbench import processes
-from cssbench.cli import check, data, evaluate, listing, profile, published, run, scenario, score, suite
+from cssbench.cli import (
+    check,
+    data,
+    doctor,
+    evaluate,
+    export,
+    listing,
+    profile,
+    published,
+    run,
+    scenario,
+    score,
+    suite,
+)
 from cssbench.cli.text import plain_lines
 from cssbench.errors import CssbenchError
 from cssbench.interrupt import Interrupted
@@ -37,8 +50,10 @@ app.add_typer(data.app, name="data")
 app.add_typer(suite.app, name="suite")
 run.register(app)
 evaluate.register(app)
+export.register(app)
 listing.register(app)
 check.register(app)
+doctor.register(app)
 profile.register(app)
 score.register(app)
 published.register(app)

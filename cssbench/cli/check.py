@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cssbench.cli import complete
 from cssbench.errors import ConfigError, PluginError
 
 if TYPE_CHECKING:
@@ -26,10 +27,19 @@ def register(app: typer.Typer) -> None:
 
 
 def check(
-    method: Annotated[str, typer.Argument(help="An installed method (also avalanche:EWC), or module:Class.")],
+    method: Annotated[
+        str,
+        typer.Argument(
+            help="An installed method (also avalanche:EWC), or module:Class.", autocompletion=complete.method
+        ),
+    ],
     models: Annotated[
         list[str] | None,
-        typer.Option("--model", help="Installed models (no presets) to try it on; default: vit-linear and segvit."),
+        typer.Option(
+            "--model",
+            help="Installed models (no presets) to try it on; default: vit-linear and segvit.",
+            autocompletion=complete.model,
+        ),
     ] = None,
     changes: Annotated[
         list[str] | None, typer.Option("--set", help="Option of the method or the model: method.key=value.")

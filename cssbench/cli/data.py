@@ -7,19 +7,48 @@ from typing import Annotated, Any
 
 import typer
 
+from cssbench.cli import complete
 from cssbench.cli.text import plain
 from cssbench.errors import ConfigError, DataError, ScenarioError
 
 app = typer.Typer(help="Fetch, check and count data.", no_args_is_help=True)
 
 Root = Annotated[Path, typer.Argument(help="Data root.")]
-Dataset = Annotated[str | None, typer.Option("--dataset", help="Which dataset it is; default: told from its folders.")]
+Dataset = Annotated[
+    str | None,
+    typer.Option(
+        "--dataset", help="Which dataset it is; default: told from its folders.", autocompletion=complete.dataset
+    ),
+]
 DataOption = Annotated[list[str] | None, typer.Option("--option", help="Option of the dataset, key=value.")]
+
+
+# Dataset -> files or folders below the root, one of which tells it. The first that fits is taken.
+SIGNS = {
+    "folder": ("dataset.toml",),
+    "ade20k": ("annotations/validation", "ADEChallengeData2016/annotations/validation"),
+    "camvid": ("trainannot",),
+    "cityscapes": ("gtFine", "leftImg8bit"),
+    "coco-stuff-10k": ("imageLists", "annotations/train2014"),
+    "pascal-context": (
+        "SegmentationClassContext",
+        "VOC2010",
+        "VOCdevkit/VOC2010",
+        "ImageSets/SegmentationContext",
+        "trainval",
+    ),
+    "voc": ("SegmentationClass", "VOC2012", "VOCdevkit/VOC2012", "ImageSets/Segmentation"),
+}
 
 
 @app.command()
 def fetch(
-    name: Annotated[str, typer.Argument(help="Dataset that is published as an archive, such as ade20k.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="Dataset that is published as an archive, such as ade20k.", autocompletion=complete.dataset
+        ),
+    ],
     root: Annotated[Path, typer.Option("--root", help="Folder for it: the data root afterwards.")],
     accept_terms: Annotated[bool, typer.Option("--accept-terms", help="The terms of the data are accepted.")] = False,
     keep: Annotated[bool, typer.Option("--keep-archive", help="Leave the archive beside the data.")] = False,
@@ -52,7 +81,7 @@ def verify(root: Root, dataset: Dataset = None, option: DataOption = None) -> No
     problems = find_problems(source)
     for problem in problems:
         typer.echo(plain(f"{problem.path}: {problem.what}"))
-    counted = {split: len(source.stems(split)) for split in source.splits if source.has_images(split)}
+    counted = {split: len(source.image_files(split)) for split in source.splits if source.has_images(split)}
     sizes = ", ".join(f"{count} {split}" for split, count in counted.items()) or "no"
     typer.echo(f"{source.name} at {root}: {sizes} images, {len(problems)} problems")
     whole = source.archive.images if isinstance(source.archive, Archive) else {}
@@ -86,7 +115,8 @@ def index(
     table = Table(title=f"{source.name} at {root}: images that show each class", title_justify="left", box=None)
     for heading in ("id", "class", *(f"{split} ({len(i.stems)})" for split, i in found.items())):
         table.add_column(heading, justify="left" if heading == "class" else "right")
-    for class_id, name in enumerate(source.classes, 1):
+    background = [(0, "background")] if source.background_class else []
+    for class_id, name in [*background, *enumerate(source.classes, 1)]:
         table.add_row(str(class_id), plain(name), *(str(int(i.table[:, class_id].sum())) for i in found.values()))
     Console(markup=False).print(table)
 
@@ -94,7 +124,10 @@ def index(
 @app.command()
 def stats(
     root: Root,
-    scenario: Annotated[str, typer.Option("--scenario", help="Name of a scenario, or path to its TOML.")],
+    scenario: Annotated[
+        str,
+        typer.Option("--scenario", help="Name of a scenario, or path to its TOML.", autocompletion=complete.scenario),
+    ],
     mode: Annotated[
         str | None, typer.Option(help="Mode instead of the scenario's; `all`: every mode, one after the other.")
     ] = None,
@@ -115,7 +148,7 @@ def stats(
     found: dict[str, list[StepFrequencies]] = {}
     for scene in scenes:
         try:
-            found[scene.mode] = frequencies(scene, counts, source.classes)
+            found[scene.mode] = frequencies(scene, counts, source.classes, source.background_class)
         except ScenarioError as error:
             if mode != "all":
                 raise
@@ -177,15 +210,12 @@ def _open(root: Path, dataset: str | None, option: list[str] | None):
 
 def _guess(root: Path) -> str:
     """Which built-in dataset lies at `root`, by its folders. Raises DataError."""
-    signs = {
-        "folder": "dataset.toml",
-        "ade20k": "annotations/validation",
-        "camvid": "trainannot",
-    }
     if not root.exists():
         raise DataError(f"The data root {str(root)!r} does not exist. Name the folder that the data lie in.")
-    for name, sign in signs.items():
-        if (root / sign).exists() or (root / "ADEChallengeData2016" / sign).exists() or root.suffix == ".toml":
+    if root.suffix == ".toml":
+        return "folder"
+    for name, signs in SIGNS.items():
+        if any((root / sign).exists() for sign in signs):
             return name
-    told = ", ".join(f"{name} ({sign})" for name, sign in signs.items())
+    told = ", ".join(f"{name} ({signs[0]})" for name, signs in SIGNS.items())
     raise DataError(f"What lies at {str(root)!r} is not told by its folders: {told}. Give --dataset NAME.")

@@ -7,13 +7,15 @@ from typing import Annotated
 
 import typer
 
+from cssbench.cli import complete
+
 
 def register(app: typer.Typer) -> None:
     app.command()(evaluate)
 
 
 def evaluate(
-    folder: Annotated[Path, typer.Argument(help="Run folder with weights.")],
+    folder: Annotated[Path, typer.Argument(help="Run folder with weights.", autocompletion=complete.run_folder)],
     out: Annotated[Path, typer.Option("--out", help="Run folder to make.")],
     changes: Annotated[
         list[str] | None,
@@ -21,7 +23,7 @@ def evaluate(
     ] = None,
     data: Annotated[Path | None, typer.Option("--data", help="Data root; replaces the run's.")] = None,
 ) -> None:
-    """Evaluate a run's stored weights again under changed options of [evaluate] and [model]; nothing is trained."""
+    """Evaluate a run's stored weights again under changed options of evaluation and model; nothing is trained."""
     from cssbench.provenance import this_command
     from cssbench.reevaluate import evaluate_again
 

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from cssbench.cli import complete
 from cssbench.errors import ConfigError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -25,7 +26,10 @@ def register(app: typer.Typer) -> None:
 def profile(
     model: Annotated[
         str,
-        typer.Argument(help="A name of `cssbench list models`, a recipe, or a run folder: its weights."),
+        typer.Argument(
+            help="A name of `cssbench list models`, a recipe, or a run folder: its weights.",
+            autocompletion=complete.model,
+        ),
     ],
     size: Annotated[
         int | None, typer.Option(min=1, help="Side of the input, px; default: the recipe's crop, 512.")

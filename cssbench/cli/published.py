@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from cssbench.cli import complete
 from cssbench.cli.text import plain_lines
 
 published = typer.Typer(help="Published numbers: check them.", no_args_is_help=True)
@@ -35,7 +36,9 @@ def lint(
 @imports.command("plop-csv")
 def plop_csv(
     file: Annotated[Path, typer.Argument(help="Log of one run: step, IoU per class (x: unseen), overall mIoU.")],
-    scenario: Annotated[str, typer.Option(help="Name of a scenario, or path to its TOML.")],
+    scenario: Annotated[
+        str, typer.Option(help="Name of a scenario, or path to its TOML.", autocompletion=complete.scenario)
+    ],
     out: Annotated[Path, typer.Option("--out", help="Run folder to make.")],
     mode: Annotated[str | None, typer.Option(help="Mode of the run, where it is not the scenario's.")] = None,
     method: Annotated[str | None, typer.Option(help="What to call the method; default: the file's name.")] = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Annotated, Any
 import typer
 
 from cssbench import processes
+from cssbench.cli import complete
 from cssbench.cli.text import plain
-from cssbench.errors import ConfigError, DataError, ModelError, PluginError, RunError
+from cssbench.errors import ConfigError, DataError, ModelError, PluginError, RunError, UnknownNameError
 
 Out = Annotated[Path, typer.Option("--out", help="Run folder to make.")]
 Data = Annotated[Path | None, typer.Option("--data", help="Data root; replaces the recipe's.")]
@@ -30,12 +32,24 @@ def register(app: typer.Typer) -> None:
 
 
 def run(
-    recipe: Annotated[str, typer.Argument(help="Recipe: a path to a TOML, or a name of `cssbench list recipes`.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="Recipe: a path to a TOML, or a name of `cssbench list recipes`.", autocompletion=complete.recipe
+        ),
+    ],
     out: Out,
     data: Data = None,
-    name: Annotated[str | None, typer.Option("--scenario", help="Short for --set scenario.name=NAME.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Option("--scenario", help="Short for --set scenario.name=NAME.", autocompletion=complete.scenario),
+    ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Replaces the recipe's [model]: a name of `cssbench list models`, or a path.")
+        str | None,
+        typer.Option(
+            help="Replaces the recipe's model: a name of `cssbench list models`, or a path.",
+            autocompletion=complete.model,
+        ),
     ] = None,
     changes: Annotated[list[str] | None, typer.Option("--set", help="Override: section.key=value. May repeat.")] = None,
     shared: Shared = None,
@@ -43,6 +57,15 @@ def run(
     """Run a recipe: every step of its scenario, into a new run folder."""
     chosen = [] if name is None else [f"scenario.name={name!r}"]
     start_run(recipe, out, data, [*chosen, *(changes or [])], shared, model)
+    _what_next(out)
+
+
+def _what_next(out: Path) -> None:
+    """One line after a finished run, by the first of its processes."""
+    from cssbench.progress import say
+
+    if os.environ.get("RANK", "0") == "0":
+        say(f"`cssbench status {out}` shows its scores; `cssbench report {out} --out report` draws them.")
 
 
 def start_run(
@@ -56,12 +79,13 @@ def start_run(
     """Check everything, then write the run folder and train."""
     from cssbench import config, provenance, recipes
 
-    content = recipes.read_recipe(recipe)
+    content = _read_recipe(recipe)
     if model is not None:
         content = recipes.with_model(content, model, changes)
     content = recipes.override(content, changes)
     if data is not None:
         content = recipes.override(content, [f"data.root={str(data.resolve())!r}"])
+    content = _with_default_root(content)
     wanted = config.validate(content, f"Recipe {recipe!r}")
     if (out / "config.toml").exists():
         _refuse_existing(out, wanted)
@@ -82,6 +106,33 @@ def start_run(
             if made.fabric.is_global_zero and not made.folder.records():
                 shutil.rmtree(out)  # a mistake seen late: leave nothing, so that the same --out can be used again
             raise
+
+
+def _read_recipe(name: str) -> dict[str, Any]:
+    from cssbench import recipes, scenario
+
+    try:
+        return recipes.read_recipe(name)
+    except UnknownNameError as error:
+        if error.kind != "recipe" or name not in scenario.names():
+            raise
+        raise ConfigError(
+            f"{name!r} is a scenario, not a recipe, which also says method, model and training. `cssbench list "
+            f"recipes` shows recipes; `cssbench run RECIPE --scenario {name}` runs one on that scenario."
+        ) from None
+
+
+def _with_default_root(content: dict[str, Any]) -> dict[str, Any]:
+    """A recipe without a data root gets the one that the environment has for the dataset of its scenario."""
+    from cssbench import recipes, scenario
+    from cssbench.data.registry import default_root
+
+    data, choice = content.get("data", {}), content.get("scenario", {})
+    name = choice.get("name") if isinstance(choice, dict) else None
+    if not isinstance(data, dict) or data.get("root") is not None or not isinstance(name, str):
+        return content
+    root = default_root(scenario.load(name).dataset)
+    return content if root is None else recipes.override(content, [f"data.root={root!r}"])
 
 
 def _refuse_existing(out: Path, wanted: Any) -> None:
@@ -105,10 +156,13 @@ def _differences(a: Any, b: Any, path: str = "") -> list[str]:
 
 
 def resume(
-    folder: Annotated[Path, typer.Argument(help="Run folder.")], data: Data = None, shared: Shared = None
+    folder: Annotated[Path, typer.Argument(help="Run folder.", autocompletion=complete.run_folder)],
+    data: Data = None,
+    shared: Shared = None,
 ) -> None:
     """Go on with a run where it stopped, inside a step too. A finished run is left as it is."""
     resume_run(folder, data, shared)
+    _what_next(folder)
 
 
 def resume_run(folder: Path, data: Path | None, shared: Path | None = None) -> None:
@@ -132,7 +186,7 @@ def resume_run(folder: Path, data: Path | None, shared: Path | None = None) -> N
         run_steps(made, shared)
 
 
-def status(folder: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
+def status(folder: Annotated[Path, typer.Argument(help="Run folder.", autocompletion=complete.run_folder)]) -> None:
     """Print how far a run is, and the scores of its finished steps."""
     from rich.console import Console
     from rich.table import Table
@@ -161,7 +215,8 @@ def status(folder: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
         minutes = f"{sum(known['seconds'].values()) / 60:.1f}" if "seconds" in known else "-"
         numbers = (known.get("images", "-"), known.get("iterations", "-"), minutes)
         table.add_row(str(record.index), *map(str, numbers), *cells)
-    Console().print(table)
+    terminal = Console()
+    (terminal if terminal.is_terminal else Console(width=400)).print(table)
 
 
 def percent(value: float | None) -> str:
@@ -169,10 +224,14 @@ def percent(value: float | None) -> str:
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for the report.")],
-    kind: Annotated[str, typer.Option(help="Report: a name of `cssbench list reports`.")] = "html",
-    protocol: Annotated[list[str] | None, typer.Option(help="Scoring protocol; may repeat.")] = None,
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.", autocompletion=complete.run_folder)],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the report.")] = Path("report"),
+    kind: Annotated[
+        str, typer.Option(help="Report: a name of `cssbench list reports`.", autocompletion=complete.report)
+    ] = "html",
+    protocol: Annotated[
+        list[str] | None, typer.Option(help="Scoring protocol; may repeat.", autocompletion=complete.protocol)
+    ] = None,
     allow_mixed: Annotated[
         bool, typer.Option("--allow-mixed", help="Print what must not share a table, and say so in the captions.")
     ] = False,

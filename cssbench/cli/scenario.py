@@ -10,11 +10,17 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from cssbench.cli import complete
 from cssbench.errors import ConfigError, ScenarioError
 
 app = typer.Typer(help="Look at scenarios: steps, image sets, labels.", no_args_is_help=True)
 
-Name = Annotated[str, typer.Argument(help="A scenario's name (`cssbench list scenarios`), or a path to its TOML.")]
+Name = Annotated[
+    str,
+    typer.Argument(
+        help="A scenario's name (`cssbench list scenarios`), or a path to its TOML.", autocompletion=complete.scenario
+    ),
+]
 Mode = Annotated[str | None, typer.Option(help="overlapped, disjoint, sequential or partitioned.")]
 Root = Annotated[Path | None, typer.Option("--data", help="Data root.")]
 DataOption = Annotated[list[str] | None, typer.Option("--option", help="Option of the dataset, key=value.")]
@@ -32,7 +38,7 @@ def show(
     option: DataOption = None,
 ) -> None:
     """Print the class ids of each step and, with --data or --index, the number of training images and their digest."""
-    from cssbench import scenario
+    from cssbench import registry, scenario
 
     scene = scenario.load(name, mode=mode)
     stems = _step_stems(scene, data, index, option)
@@ -43,8 +49,10 @@ def show(
             images = stems[step.index]
             row |= {"images": len(images), "sha256": scenario.stems_digest(images)}
         rows.append(row)
+    background = getattr(registry.load("datasets", scene.dataset), "background_class", False)
     if as_json:
-        typer.echo(json.dumps({"scenario": scene.name, "mode": scene.mode, "steps": rows}))
+        known = {"background_class": True} if background else {}
+        typer.echo(json.dumps({"scenario": scene.name, "mode": scene.mode, "steps": rows, **known}))
         return
     table = Table(title=f"{scene.name} ({scene.mode}) on {scene.dataset}", title_justify="left", box=None)
     for heading in ("step", "new classes", "images", "SHA-256 of the sorted names"):
@@ -52,6 +60,11 @@ def show(
     for number, row in enumerate(rows):
         table.add_row(str(number), _short(row["new"]), str(row.get("images", "-")), row.get("sha256", "-"))
     Console().print(table)
+    if background:
+        typer.echo(
+            f"Label 0 of {scene.dataset} is background, a class of every step that is scored: base classes are "
+            f"{1 + len(scene.groups[0])} with it under plop@1, the default here."
+        )
 
 
 def _step_stems(scene: Any, data: Path | None, index: Path | None, option: list[str] | None) -> list[list[str]] | None:

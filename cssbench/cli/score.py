@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from cssbench.cli import complete
 from cssbench.cli.text import plain
 from cssbench.errors import RunError
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Look at scoring protocols.", no_args_is_help=True)
 
-Folders = Annotated[list[Path], typer.Argument(help="Run folders.")]
+Folders = Annotated[list[Path], typer.Argument(help="Run folders.", autocompletion=complete.run_folder)]
 
 
 def register(main: typer.Typer) -> None:
@@ -29,7 +30,11 @@ def register(main: typer.Typer) -> None:
 
 
 @app.command()
-def show(name: Annotated[str, typer.Argument(help="A protocol of `cssbench list protocols`.")]) -> None:
+def show(
+    name: Annotated[
+        str, typer.Argument(help="A protocol of `cssbench list protocols`.", autocompletion=complete.protocol)
+    ],
+) -> None:
     """Print what a protocol scores, what it ignores, over what it takes the mean, and who uses it."""
     from cssbench import protocol
 
@@ -40,8 +45,11 @@ def show(name: Annotated[str, typer.Argument(help="A protocol of `cssbench list 
 
 
 def rescore(
-    folder: Annotated[Path, typer.Argument(help="Run folder.")],
-    protocol: Annotated[str | None, typer.Option(help="Scoring protocol; default: an overview of all.")] = None,
+    folder: Annotated[Path, typer.Argument(help="Run folder.", autocompletion=complete.run_folder)],
+    protocol: Annotated[
+        str | None,
+        typer.Option(help="Scoring protocol; default: an overview of all.", autocompletion=complete.protocol),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, numbers in [0, 1].")] = False,
 ) -> None:
     """Score a run from its stored confusion matrices: every step and class under one protocol, or all protocols."""
@@ -133,6 +141,7 @@ def _overview(run: RunFolder) -> dict[str, Any]:
 
 
 def _print_overview(run: RunFolder, content: dict[str, Any]) -> None:
+    from cssbench import scoring
     from cssbench.protocol import protocols
 
     known, means = protocols(), ("base", "incremental", "all", "avg")
@@ -147,12 +156,15 @@ def _print_overview(run: RunFolder, content: dict[str, Any]) -> None:
     _print(("protocol", *means, "why it differs"), rows, left=("protocol", "why it differs"))
     for name, scores in content["protocols"].items():
         if scores is None:
-            typer.echo(f"{name} cannot be scored: the run did not keep {known[name].key}.")
+            typer.echo(f"{name} cannot score it: {scoring.why_not(run, known[name])}.")
 
 
 def compare(
     runs: Folders,
-    protocol: Annotated[str, typer.Option(help="Scoring protocol.")] = "mmseg150@1",
+    protocol: Annotated[
+        str | None,
+        typer.Option(help="Scoring protocol; default: mmseg150, or plop on VOC.", autocompletion=complete.protocol),
+    ] = None,
     allow_mixed: Annotated[
         bool, typer.Option("--allow-mixed", help="Print runs that differ together, the mix in the caption.")
     ] = False,
@@ -160,11 +172,13 @@ def compare(
     """Print runs in one table, with the drop to their own oracle. Runs that must not be compared are an error."""
     from cssbench import compare as comparing
     from cssbench import protocol as protocols
+    from cssbench import scoring
     from cssbench.metrics.continual import FORMULAS
     from cssbench.results import RunFolder
 
-    chosen = protocols.get(protocol)
-    rows, differences = comparing.table([RunFolder.read(path) for path in runs], chosen, allow_mixed)
+    folders = [RunFolder.read(path) for path in runs]
+    chosen = protocols.get(protocol) if protocol else scoring.default_protocol(folders)
+    rows, differences = comparing.table(folders, chosen, allow_mixed)
     typer.echo(f"{chosen.id}: {chosen.summary}. mIoU in %, drops in points, relative drops in %.")
     if differences:
         typer.echo(f"MIXED, not comparable: {'; '.join(differences)}.")

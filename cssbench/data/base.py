@@ -1,6 +1,7 @@
 """What a dataset is: named splits of images with label maps, read with every check.
 
-Label maps come out in class ids: 1..K, 0 = void, 255 = ignored (see `cssbench.scenario`).
+Label maps come out in class ids: 1..K, 0 = void (of some datasets background, a class), 255 = ignored (see
+`cssbench.scenario`).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class SegDataset(ABC):
     `raw_label` or `raw_table`, which all else is made from.
 
     Attributes: `name`; `classes`, the K class names (class id c is `classes[c - 1]`); `palette`, (K, 3) uint8 RGB;
+    `background_class`: label 0 is background, a class that is scored (as on PASCAL VOC), and not void;
     `archive`, what it is published as, for `cssbench data fetch`, or one clause that says why it cannot be fetched.
     """
 
@@ -37,6 +39,7 @@ class SegDataset(ABC):
     classes: tuple[str, ...]
     palette: np.ndarray
     splits: tuple[str, ...] = ("train", "val")
+    background_class: bool = False
     archive: Archive | str | None = None
 
     def __init__(self, root: str | Path):
@@ -102,6 +105,12 @@ class SegDataset(ABC):
 
     def label_path(self, split: str, stem: str) -> Path:
         return self.folders(split)[1] / f"{stem}.png"
+
+    def stray_labels(self, split: str) -> list[Path]:
+        """Label maps in a split's folder that are of no image, sorted."""
+        folder = self.folders(split)[1]
+        there = {p for p in folder.iterdir() if p.suffix == ".png" and p.name[0] != "."} if folder.is_dir() else set()
+        return sorted(there - {self.label_path(split, stem) for stem in self.image_files(split)})
 
     def image(self, split: str, stem: str) -> np.ndarray:
         """(H, W, 3) uint8 RGB. Raises DataError on a missing, truncated or unreadable file."""
@@ -225,9 +234,18 @@ def _ranges(values: np.ndarray) -> str:
 
 def read_classes(resource: str) -> tuple[tuple[str, ...], np.ndarray]:
     """Names and (K, 3) uint8 colours from a package-data CSV with the columns name, r, g, b."""
-    text = (resources.files("cssbench.data") / resource).read_text(encoding="utf-8")
-    rows = list(csv.DictReader(text.splitlines()))
+    rows = _rows(resource)
     return tuple(r["name"] for r in rows), np.array([[int(r[c]) for c in "rgb"] for r in rows], np.uint8)
+
+
+def class_ids(resource: str) -> tuple[int, ...]:
+    """The official label of each class, from the column id of such a CSV."""
+    return tuple(int(row["id"]) for row in _rows(resource))
+
+
+def _rows(resource: str) -> list[dict[str, str]]:
+    text = (resources.files("cssbench.data") / resource).read_text(encoding="utf-8")
+    return list(csv.DictReader(text.splitlines()))
 
 
 def distinct_colours(wanted: np.ndarray, gap: int = 12) -> np.ndarray:

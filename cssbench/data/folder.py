@@ -19,7 +19,7 @@ EXAMPLE = """\
 name = "orchard"
 classes = ["trunk", "leaf", "fruit"]
 offset = 1          # stored 0 is class 1; or: values = [10, 20, 30]
-void = [255]        # stored values that mean "unlabelled"
+void = [255]        # stored values that mean "unlabelled", or background with: background = true
 [splits.train]
 images = "photos/train"
 labels = "masks/train"
@@ -52,6 +52,7 @@ class FolderSpec(BaseModel):
     offset: int | None = Field(None, description="class id = stored value + offset; None: 0, unless `values` is given")
     values: list[Byte] | None = Field(None, description="stored value of each class, in the order of `classes`")
     void: list[Byte] | None = Field(None, description="stored values that are void; None: 0, unless it is a class")
+    background: bool = Field(False, description="those values are background, a class that is scored, and not void")
 
     @model_validator(mode="after")
     def _consistent(self) -> FolderSpec:
@@ -93,6 +94,7 @@ class Folder(SegDataset):
         self.classes = tuple(self.spec.classes)
         self.palette = _palette(self.spec)
         self.splits = tuple(self.spec.splits)
+        self.background_class = self.spec.background
         super().__init__(path.parent)
 
     def layout(self) -> str:

@@ -57,12 +57,26 @@ def _legend(ids: np.ndarray, source: SegDataset) -> list[tuple[tuple[int, ...], 
     entries: list[tuple[tuple[int, ...], str]] = []
     for value in values[np.argsort(-counts)].tolist():
         if value == 0:
-            entries.append((BACKGROUND_COLOUR, "0 background / void"))
+            entries.append((BACKGROUND_COLOUR, "0 background" if source.background_class else "0 background / void"))
         elif value == IGNORE:
             entries.append((IGNORE_COLOUR, "255 ignored"))
         else:
             entries.append((tuple(source.palette[value - 1].tolist()), f"{value} {source.classes[value - 1]}"))
     return entries
+
+
+def draw_legend(entries: list[tuple[tuple[int, ...], str]]) -> Image.Image:
+    """(colour, text) pairs as a picture of their own, in columns of at most 20."""
+    font = ImageFont.load_default(14)
+    rows = min(len(entries), 20)
+    width = 40 + max(int(font.getlength(text)) for _, text in entries)
+    sheet = Image.new("RGB", (width * -(-len(entries) // rows), 8 + rows * LINE), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, (fill, text) in enumerate(entries):
+        x, y = 8 + number // rows * width, 4 + number % rows * LINE
+        draw.rectangle((x, y + 2, x + 14, y + 16), fill=fill, outline="black")
+        draw.text((x + 20, y), text, fill="black", font=font)
+    return sheet
 
 
 def _panel(picture: Image.Image, title: str, legend: list[tuple[tuple[int, ...], str]]) -> Image.Image:

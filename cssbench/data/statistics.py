@@ -73,8 +73,11 @@ def _counts(dataset: SegDataset, split: str, stem: str) -> np.ndarray:
     return np.bincount(dataset.label(split, stem).ravel(), minlength=256)
 
 
-def frequencies(scenario: Scenario, counts: np.ndarray, names: Sequence[str]) -> list[StepFrequencies]:
-    """Each step of a scenario in its mode. counts: from `count_pixels`; names: of the classes 1, 2, ...
+def frequencies(
+    scenario: Scenario, counts: np.ndarray, names: Sequence[str], background_class: bool = False
+) -> list[StepFrequencies]:
+    """Each step of a scenario in its mode. counts: from `count_pixels`; names: of the classes 1, 2, ...;
+    background_class: class id 0 is background, a class of the dataset, and not void (its kind is `void` all the same).
 
     Raises ScenarioError when the scenario has other classes, or a step has no image.
     """
@@ -92,7 +95,8 @@ def frequencies(scenario: Scenario, counts: np.ndarray, names: Sequence[str]) ->
                 continue
             label = int(table[c])
             seen_as = "ignored" if label == IGNORE else "class" if label else "background"
-            name = names[c - 1] if 0 < c <= len(names) else kind
+            zero = "background" if background_class else kind
+            name = names[c - 1] if 0 < c <= len(names) else kind if c else zero
             share = int(pixels[c]) / total
             rows.append(
                 Frequency(

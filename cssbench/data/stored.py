@@ -51,6 +51,7 @@ class StoredDataset(SegDataset):
     def __init__(self, source: SegDataset, side: int | None = None, options: dict[str, Any] | None = None):
         self.source, self.side, self.root, self.name = source, side, source.root, source.name
         self.classes, self.palette, self.splits = source.classes, source.palette, source.splits
+        self.background_class = source.background_class
         self._files = {}
         kind = type(source)
         facts = (kind.__module__, kind.__qualname__, str(source.root.resolve()), sorted((options or {}).items()), side)

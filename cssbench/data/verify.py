@@ -40,20 +40,19 @@ def verify(dataset: SegDataset, splits: Sequence[str] | None = None, progress: b
 
 def _listing(dataset: SegDataset, split: str) -> list[Problem]:
     """What the folders' listings alone tell: nothing there, one image twice, label maps without an image."""
-    images, labels = dataset.folders(split)
     problems = []
     try:
         dataset.stems(split)
     except DataError as error:
-        problems.append(_problem(images, error))
-    expected = {dataset.label_path(split, stem) for stem in dataset.image_files(split)}
-    there = {p for p in labels.iterdir() if p.suffix == ".png" and p.name[0] != "."} if labels.is_dir() else set()
-    return problems + [Problem(path, "label map without an image") for path in sorted(there - expected)]
+        problems.append(_problem(dataset.folders(split)[0], error))
+    return problems + [Problem(path, "label map without an image") for path in dataset.stray_labels(split)]
 
 
 def _check(dataset: SegDataset, split: str, stem: str) -> list[Problem]:
     image_path, label_path = dataset.image_path(split, stem), dataset.label_path(split, stem)
     problems, sizes = [], []
+    if not image_path.exists():
+        problems.append(Problem(image_path, "the image is missing"))
     if not label_path.exists():
         problems.append(Problem(image_path, f"image without a label map (expected at {label_path})"))
     for path, read in ((image_path, dataset.image), (label_path, dataset.label)):

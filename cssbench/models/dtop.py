@@ -22,7 +22,7 @@ from cssbench.errors import ModelError
 from cssbench.losses.pixel import cross_entropy, full_precision, own_labels
 from cssbench.models.atm import ATMConfig, ATMHead, MaskPrediction
 from cssbench.models.backbone import Backbone, to_map
-from cssbench.models.exits import ExitOptions, Survivors
+from cssbench.models.exits import ExitOptions, Survivors, threshold
 from cssbench.models.packed import Packed, check_block
 from cssbench.models.pieces import pieces
 from cssbench.models.segmenter import autograd_off
@@ -186,7 +186,7 @@ class DToP(SegViT):
 
     def forward(self, images: Tensor) -> DToPOutput:
         size, options = (images.shape[-2], images.shape[-1]), self.config
-        layers, p0 = options.backbone.layers, options.threshold(self.training)
+        layers, p0 = options.backbone.layers, threshold(options, self.training)
         encoder_off = self.is_frozen(self.backbone)
         with autograd_off(encoder_off):
             tokens = Survivors(self.backbone, images, options)

@@ -55,9 +55,10 @@ class ExitOptions(Section):
     assembly: Literal["last", "own"] = "last"
     attention: Attention = "auto"
 
-    def threshold(self, training: bool) -> float:
-        """p0 in this mode."""
-        return self.train_p0 if training and self.train_p0 is not None else self.p0
+
+def threshold(options: ExitOptions, training: bool) -> float:
+    """p0 in this mode."""
+    return options.train_p0 if training and options.train_p0 is not None else options.p0
 
 
 def rank_within(groups: Tensor, values: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from cssbench.losses.pixel import cross_entropy, full_precision
 from cssbench.models.atm import ATMConfig, MaskPrediction
 from cssbench.models.backbone import to_map
 from cssbench.models.dtop import EPSILON, TokenATM, TokenFCN, check_taps
-from cssbench.models.exits import ExitOptions, Survivors, Threshold
+from cssbench.models.exits import ExitOptions, Survivors, Threshold, threshold
 from cssbench.models.linear import TappedBackboneConfig
 from cssbench.models.pixel import PixelOutput
 from cssbench.models.segmenter import autograd_off
@@ -87,7 +87,7 @@ class SETRDToP(SETRNaive):
 
     def forward(self, images: Tensor) -> SETRDToPOutput:
         size, options = (images.shape[-2], images.shape[-1]), self.config
-        layers, p0 = options.backbone.layers, options.threshold(self.training)
+        layers, p0 = options.backbone.layers, threshold(options, self.training)
         output = SETRDToPOutput(size)
         with autograd_off(self.is_frozen(self.backbone)):
             tokens = Survivors(self.backbone, images, options)

@@ -20,7 +20,7 @@ from cssbench.interop.avalanche.benchmark import StepExperience
 from cssbench.interop.avalanche.model import LogitsModel, OwnLoss, as_logits
 from cssbench.models.segmenter import SegOutput, freeze_copy
 from cssbench.scenario import Step
-from cssbench.trainer import SPREAD, make_optimizer, rate_at, use_fused
+from cssbench.trainer import make_optimizer, pass_seed, rate_at, use_fused
 
 
 class CSSStrategy(SupervisedTemplate):
@@ -121,7 +121,6 @@ class CSSStrategy(SupervisedTemplate):
     def training_epoch(self, **kwargs: Any) -> None:
         """All iterations of a step; plug-ins are called once per forward pass, around the update once per iteration."""
         every = self.settings.accumulate
-        passes = derive_seed(self.seed, "passes", self.step.index)
         self.optimizer.zero_grad(set_to_none=True)
         for number, loaded in enumerate(self.dataloader):
             if self._stop_training:
@@ -133,8 +132,8 @@ class CSSStrategy(SupervisedTemplate):
             self._unpack_minibatch()
             self._before_training_iteration(**kwargs)
             self.loss = self._make_empty_loss()
-            torch.manual_seed((passes + number * SPREAD) % 2**63)
             self._before_forward(**kwargs)
+            torch.manual_seed(pass_seed(derive_seed(self.seed, "passes", self.step.index), number))
             self.mb_output = self.forward()
             self._after_forward(**kwargs)
             self.loss += self.criterion()
