@@ -169,10 +169,11 @@ def test_mlflow_goes_on_in_the_same_run(recipe: dict[str, Any], tmp_path: Path, 
 
 @pytest.mark.filterwarnings("default")
 def test_wandb_goes_on_in_the_same_run(recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     folder = stop_and_resume(recipe, tmp_path / "run", "wandb")
+    wandb.teardown()  # its process has ended, and its files are whole
     store = tmp_path / "run" / "logs"
     files = sorted(store.glob("wandb/offline-run-*/run-*.wandb"))
     identity = (store / "wandb-run").read_text()
