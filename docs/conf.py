@@ -18,6 +18,7 @@ templates_path: list[str] = []
 myst_heading_anchors = 4  # [text](page.md#heading) works, as it does on a plain file view
 myst_enable_extensions = ["colon_fence"]
 highlight_language = "console"  # of blocks that name no language
+smartquotes = False  # "--" in prose is an option
 default_role = "code"  # docstrings write `name`
 suppress_warnings = ["misc.highlighting_failure"]  # console blocks with ^C, [options] and the like
 

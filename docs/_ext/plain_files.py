@@ -43,7 +43,7 @@ def on_source(app: Any, docname: str, source: list[str]) -> None:
             return
     source[0] = relink(source[0], f"docs/{docname}.md")
     if docname == "index":
-        listed = set(re.findall(r"^([\w./-]+)$", source[0], re.M))
+        listed = set(re.findall(r"^(?:.*<)?([\w./-]+)>?$", source[0], re.M))
         source[0] = source[0].replace("UNLISTED", "\n".join(sorted(app.env.found_docs - listed - {"index"})))
 
 
