@@ -212,6 +212,9 @@ class Stage:
         shutil.copytree(self.stock / kind, run)
 
     def cssbench(self, words: list[str]) -> None:
+        if words[0].endswith("-completion"):  # it would write into the home of whoever runs the tests
+            assert words[0] in (option for p in typer.main.get_command(cli.app).params for option in p.opts)
+            return
         name, parsed = parse(words)
         if name == "run":
             self.run(words, parsed)
