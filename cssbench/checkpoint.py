@@ -37,7 +37,8 @@ def load_weights(path: Path, model: nn.Module) -> None:
     try:
         tensors = safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
-        raise RunError(f"The checkpoint {path} cannot be read ({error}). Remove its step to train it again.") from None
+        reason = str(error).removeprefix("Error while ")  # safetensors' own beginning
+        raise RunError(f"The checkpoint {path} cannot be read ({reason}). Remove its step to train it again.") from None
     own = model.state_dict()
     wrong = sorted(own.keys() ^ tensors.keys()) or sorted(k for k in own if own[k].shape != tensors[k].shape)
     if wrong:

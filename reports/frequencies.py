@@ -13,8 +13,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
+from cssbench.reports import plots
 from cssbench.reports.formats import file_part
-from cssbench.reports.plots import COLOURS, HATCHES, Theme, dress, legible, render
+from cssbench.reports.plots import COLOURS, HATCHES, Theme, dress, legible
 from cssbench.results import write_bytes
 
 PARTS = {
@@ -39,7 +40,7 @@ def write(modes: dict[str, Sequence[Any]], title: str, out_dir: Path) -> list[Pa
     write_bytes(written[0], frame.to_csv(index=False, lineterminator="\n").encode())
     for mode, steps in modes.items():
         written.append(Path(out_dir) / f"frequencies.{file_part(mode)}.png")
-        _, drawn = render(partial(draw, steps, f"{title}, {mode}"))
+        _, drawn = plots.render(partial(draw, steps, f"{title}, {mode}"))
         write_bytes(written[-1], drawn["png"])
     return written
 

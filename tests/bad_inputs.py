@@ -123,6 +123,17 @@ CASES = (
     Case("check on a preset", "check finetune --model segvit-b", "is a preset"),
     Case("check with other settings", "check finetune --set train.iterations=1", "method.key=value"),
     Case("list what is not there", "list colours", "colours"),
+    # export, predict
+    Case("export no run", "export {w}/nowhere --out {w}/out", "not a run folder"),
+    Case("export a model that is not installed", "export {w}/run --out {w}/out", "There is no model named 'tiny'"),
+    Case("export a step that is not finished", "export {w}/linear --step 7 --out {w}/out", "there is no step 7"),
+    Case("export into a run", "export {w}/linear --out {w}/run", "is not an empty folder"),
+    Case("export damaged weights", "export {w}/linear --out {w}/out", "cannot be read"),
+    Case(
+        "predict with no model", "predict {w}/nowhere {w}/camvid/test --out {w}/out", "neither a run folder nor a model"
+    ),
+    Case("predict a folder without images", "predict {w}/linear {w}/run --out {w}/out", "There is no image"),
+    Case("predict with damaged weights", "predict {w}/linear {w}/camvid/test --out {w}/out", "cannot be read"),
     # rescore, compare, validate, protocol, published, import
     Case("rescore no run", "rescore {w}/camvid", "not a run folder"),
     Case("rescore without steps", "rescore {w}/none", "no finished step"),
