@@ -14,7 +14,6 @@ pytestmark = pytest.mark.usefixtures("_one_thread")
 # (page, command or first line of a block) -> why it is not run.
 NOT_RUN = {
     ("docs/export.md", "import numpy as np"): "inside an exported folder; tests/test_export.py reads every model so",
-    ("docs/quickstart.md", "cssbench --install-completion"): "changes the start-up file of the user's shell",
     ("docs/resume.md", "^C"): "a key, not a command",
     ("docs/devices.md", 'HOST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'): "needs a SLURM cluster",
 }
