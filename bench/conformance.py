@@ -6,7 +6,10 @@ python bench/conformance.py --out docs/conformance.md
 from __future__ import annotations
 
 import argparse
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
+from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 
 from cssbench import registry
@@ -17,16 +20,21 @@ MODELS = ("vit-linear", "setr-naive", "segmenter", "deeplabv3", "setr-dtop", "se
 
 
 def examine() -> dict[tuple[str, str], list[Finding] | str]:
-    """(method, model) -> findings, or the words with which the method refuses that model."""
+    """(method, model) -> findings, or the words with which the method refuses that model. One process per core."""
+    pairs = list(product(registry.parts("methods"), MODELS))
     found: dict[tuple[str, str], list[Finding] | str] = {}
-    for name in registry.parts("methods"):
-        for model in MODELS:
-            try:
-                found[name, model] = conformance(registry.load("methods", name), model=model)
-            except Refused as error:
-                found[name, model] = str(error)
-            print(name, model, _cell(found[name, model]), flush=True)
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        for pair, result in zip(pairs, pool.map(_examine, pairs), strict=True):
+            found[pair] = result
+            print(*pair, _cell(result), flush=True)
     return found
+
+
+def _examine(pair: tuple[str, str]) -> list[Finding] | str:
+    try:
+        return conformance(registry.load("methods", pair[0]), model=pair[1])
+    except Refused as error:
+        return str(error)
 
 
 def _cell(result: list[Finding] | str) -> str:
