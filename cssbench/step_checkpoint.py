@@ -12,6 +12,8 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
+from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,7 +132,7 @@ class StepCheckpoints:
         if self.fabric.is_global_zero:
             content = checkpoint.encode_state(state)
             write_bytes(self._path(done), content)
-            found = provenance.collect([])
+            found = self._origin
             about = {
                 "step": self.step.index,
                 "iteration": done,
@@ -140,7 +142,7 @@ class StepCheckpoints:
                 "sha256": hashlib.sha256(content).hexdigest(),
                 "commit": found["commit"],
                 "version": found["version"],
-                "when": found["started"],
+                "when": datetime.now(UTC).isoformat(timespec="seconds"),
                 "hardware": found["hardware"],
             }
             if self.start:
@@ -149,6 +151,11 @@ class StepCheckpoints:
             self._forget()
         self.fabric.barrier()
         self.saved = time.monotonic()
+
+    @cached_property
+    def _origin(self) -> dict[str, Any]:
+        """Code and machine; asked once, since it starts git."""
+        return provenance.collect([])
 
     def _forget(self) -> None:
         for path in sorted(self.folder.glob("*.json"))[:-KEPT]:

@@ -184,19 +184,7 @@ def _fit(
         ctx.iteration = iteration
         for group in training.optimizer.param_groups:
             group["lr"] = rate_at(optim, group["base_lr"], iteration, iterations)
-        terms: dict[str, Tensor] = {}
-        checks = []
-        for micro in range(train.accumulate):
-            with fabric.no_backward_sync(module, enabled=accumulates and micro < train.accumulate - 1):
-                loaded = next(stream)
-                turn = (iteration * train.accumulate + micro) * fabric.world_size + fabric.global_rank
-                torch.manual_seed(pass_seed(seed, turn))
-                found = forward(fabric, module, loaded, train)
-                total = torch.stack(list(found.values())).sum() / train.accumulate
-                checks.append(FiniteCheck(total, found, loaded["names"]))
-                fabric.backward(total)
-            for name, value in found.items():  # a pass may lack a term that another has
-                terms[name] = terms.get(name, 0) + value.detach() / train.accumulate
+        terms, checks = _passes(training, module, accumulates, stream, train, seed)
         for check in checks:
             check.answer(ctx, method)
         method.after_backward(ctx)
@@ -221,6 +209,35 @@ def _fit(
     if checkpoints:
         checkpoints.end(iterations, training)
     return {name: float(torch.stack(values).mean()) for name, values in training.tail.items()}
+
+
+def _passes(
+    training: Training,
+    module: Any,
+    accumulates: bool,
+    stream: Iterator[dict[str, Any]],
+    train: TrainConfig,
+    seed: int,
+) -> tuple[dict[str, Tensor], list[FiniteCheck]]:
+    """The forward and backward passes of one optimiser step: means of the loss terms, and whether they are finite.
+
+    accumulates: gradients are exchanged once, after the last pass.
+    """
+    fabric, iteration = training.fabric, training.ctx.iteration
+    terms: dict[str, Tensor] = {}
+    checks = []
+    for micro in range(train.accumulate):
+        with fabric.no_backward_sync(module, enabled=accumulates and micro < train.accumulate - 1):
+            loaded = next(stream)
+            turn = (iteration * train.accumulate + micro) * fabric.world_size + fabric.global_rank
+            torch.manual_seed(pass_seed(seed, turn))
+            found = forward(fabric, module, loaded, train)
+            total = torch.stack(list(found.values())).sum() / train.accumulate
+            checks.append(FiniteCheck(total, found, loaded["names"]))
+            fabric.backward(total)
+        for name, value in found.items():  # a pass may lack a term that another has
+            terms[name] = terms.get(name, 0) + value.detach() / train.accumulate
+    return terms, checks
 
 
 def _log(ctx: StepContext, terms: dict[str, Tensor], rate: float) -> None:
